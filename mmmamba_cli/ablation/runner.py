@@ -152,9 +152,10 @@ def _run_again(end: UnitEnd, queue: UnitQueue, pool: Pool, events: RunnerEvents)
     """Let a unit that ran out of memory beside others wait until half as many share its device."""
     sharing = max(1, (end.beside + 1) // 2)
     queue.put_back(end.unit, sharing * pool.devices)
-    when = f"with at most {sharing - 1} others" if sharing > 1 else "alone on its device"
+    others = f"{end.beside} others" if end.beside > 1 else "another"
+    how = f"beside at most {sharing - 1}" if sharing > 1 else "alone on its device"
     events.say(
-        f"{end.unit.name} ran out of memory beside {end.beside} others and runs again {when}: "
+        f"{end.unit.name} ran out of memory beside {others} and runs again {how}: "
         f"{first_sentence(end.message)}"
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ from mmmamba_cli.distill.validation import (
     check_held_out,
     evaluate_held_out,
     gather_bad_samples,
+    is_better,
 )
 from mmmamba_cli.distributed import (
     GradientSync,
@@ -90,6 +90,8 @@ class _TrainState:
     progress: Progress
     # Steps whose values have not been read, oldest first.
     queued: deque[QueuedStep] = field(default_factory=deque)
+    # Whether parameters and moments are those of `progress.step`, and not partly of the next one.
+    is_complete: bool = True
     # When the last step was read, on the clock of `time.perf_counter`.
     read_at: float = 0.0
 
@@ -198,9 +200,13 @@ def _run_steps(
                 state.read_at = time.perf_counter()
             if stop and progress.step < stage.steps:
                 raise Stopped
-    except (MmmambaError, torch.OutOfMemoryError):
+    except (MmmambaError, torch.OutOfMemoryError) as error:
         # Steps before the one that failed are complete.
         read(0)
+        # Several processes save together, and the others do not run out of memory.
+        can_save = state.is_complete and world.size == 1 and progress.step > saved
+        if isinstance(error, torch.OutOfMemoryError) and can_save:
+            _save(job, state)
         raise
     if saved != progress.step:
         _save(job, state)
@@ -253,11 +259,12 @@ def _step(job: TrainingJob, state: _TrainState, batches: StepBatches) -> QueuedS
         values = DeviceValues(sums, weights, state.parameters, job.stage.optimiser.clip)
         for group in state.optimiser.param_groups:
             group["lr"] = rate
+        state.is_complete = False
         step_if(state.optimiser, values.is_finite)
     else:
         empty = explain_empty_step(samples, batches)
     state.optimiser.zero_grad(set_to_none=True)
-    progress.step = step + 1
+    progress.step, state.is_complete = step + 1, True
     progress.tokens += tokens
     progress.samples += samples
     progress.bad_samples += bad
@@ -364,18 +371,11 @@ def _evaluate(job: TrainingJob, state: _TrainState, result: StepResult) -> StepR
     steps = job.held_out.steps(0, job.held_out.steps_per_pass)
     found = evaluate_held_out(job.pair, job.objective, steps, job.world)
     progress.held_out = {"step": progress.step, **nonfinite_as_text(found.as_dict())}
-    if _is_better(found.loss, progress.best_loss):
+    if is_better(found.loss, progress.best_loss):
         progress.best_step, progress.best_loss = progress.step, found.loss
         name = job.states.best_name(progress.step)
         job.states.save(name, state.parameters, None, state_record(progress, job.settings))
     return replace(result, held_out=found)
-
-
-def _is_better(loss: float, best: float | None) -> bool:
-    """Whether a held-out loss is finite and the lowest so far."""
-    if not math.isfinite(loss):
-        return False
-    return best is None or not math.isfinite(best) or loss < best
 
 
 def _save(job: TrainingJob, state: _TrainState) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
@@ -51,6 +52,13 @@ def check_held_out(loader: StepLoader, world: World) -> None:
     bad = world.run_on_main(loader.unreadable)
     if bad is not None:
         raise _unreadable([f"{sample.name}: {sample.reason}" for sample in bad])
+
+
+def is_better(loss: float, best: float | None) -> bool:
+    """Whether a held-out loss is finite and the lowest so far."""
+    if not math.isfinite(loss):
+        return False
+    return best is None or not math.isfinite(best) or loss < best
 
 
 def gather_bad_samples(bad: Iterable[BadSample], world: World) -> list[str]:

@@ -20,7 +20,7 @@ from mmmamba_cli.__main__ import main
 from mmmamba_cli.ablation import cell_executor, own_commands, pools
 from mmmamba_cli.ablation.preparation import folder_lock
 from mmmamba_cli.cli.app import app
-from mmmamba_cli.errors import MmmambaError, RunError
+from mmmamba_cli.errors import DeviceMemoryError, MmmambaError, RunError
 
 
 def ablate(file: Path, *words: object) -> Result:
@@ -181,6 +181,32 @@ def test_a_process_that_dies_costs_its_cell_only(
         "dies-seed0": "failed",
         "last-seed0": "finished",
     }
+
+
+def test_a_cell_out_of_memory_beside_others_runs_alone(
+    write_plan: WritePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pools, "get_context", lambda method: get_context("fork"))
+    original = cell_executor.CellExecutor.run_cell
+    tried = tmp_path / "tried"
+
+    def run_cell(self: Any, cell: Any, parent: Any, control: Any) -> Any:
+        if cell.name == "large-seed0":
+            tried.write_text(tried.read_text() + "x" if tried.exists() else "x")
+            if control.memory_share < 1:
+                raise DeviceMemoryError("stage s ran out of device memory: 1 GiB. Allocator: ...")
+        return original(self, cell, parent, control)
+
+    monkeypatch.setattr(cell_executor.CellExecutor, "run_cell", run_cell)
+    arms = [{"name": name, "stages": []} for name in ("large", "linear", "last")]
+    result = ablate(write_plan({"base": "last", "arms": arms, "suites": []}), "--jobs", 2)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "3 cells finished, 0 cells left" in result.output
+    assert (
+        "large-seed0 ran out of memory beside another and runs again alone on its device: stage "
+        "s ran out of device memory: 1 GiB\n"
+    ) in result.output
+    assert tried.read_text() == "xx"
 
 
 def test_chosen_layers_and_own_commands(

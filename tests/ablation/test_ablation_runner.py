@@ -241,7 +241,7 @@ def test_a_cell_out_of_memory_runs_again_beside_fewer(
     assert pool.sharing[0] == ("one-seed0", 1, 4)
     assert pool.sharing[-1] == ("one-seed0", 2, 2)
     assert lines == [
-        "one-seed0 ran out of memory beside 3 others and runs again with at most 1 others: "
+        "one-seed0 ran out of memory beside 3 others and runs again beside at most 1: "
         "step 0: no memory"
     ]
 

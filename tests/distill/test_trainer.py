@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 from itertools import pairwise
@@ -24,6 +25,7 @@ from small_distillation import (
 from torch import Tensor
 
 from mmmamba_cli.data import BadSample, StepBatches
+from mmmamba_cli.distill import trainer
 from mmmamba_cli.distill.optimiser import build_optimiser, learning_rate, lr_factor
 from mmmamba_cli.distill.step_values import DeviceValues, StepValues
 from mmmamba_cli.distill.trainer import StepResult, TrainingJob, train
@@ -47,6 +49,37 @@ def test_stopping_and_resuming_gives_the_same_bits(loss: str, plan: str, tmp_pat
     assert [r.loss for r in begun + ended] == [r.loss for r in whole]
     assert whole[-1].loss != whole[0].loss
     assert progress.step == STEPS
+
+
+@pytest.mark.parametrize("place", ["_accumulate", "step_if"])
+def test_out_of_memory_costs_no_complete_step(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, learned = run_job(make_job(tmp_path / "a", "mixer-mse", steps=STEPS))
+    progress = Progress()
+
+    def or_out_of_memory(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            found = work(*given)
+            if progress.step == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return found
+
+        return run
+
+    job = make_job(tmp_path / "b", "mixer-mse", steps=STEPS)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, place, or_out_of_memory(getattr(trainer, place)))
+        with pytest.raises(torch.OutOfMemoryError):
+            run_job(job, progress)
+    if place == "step_if":
+        # Some parameters may have been updated, and others not.
+        assert job.states.steps() == []
+        return
+    assert job.states.steps() == [3]
+    again = make_job(tmp_path / "b", "mixer-mse", steps=STEPS)
+    _, resumed = run_job(again, again.states.read_record("step-00000003").progress)
+    assert equal(learned, resumed)
 
 
 @pytest.mark.parametrize("loss", ["mixer-mse", "kl"])

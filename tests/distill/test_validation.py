@@ -128,10 +128,10 @@ def test_a_first_loss_that_is_not_finite_is_not_the_best(
 
 
 def test_a_saved_best_that_is_not_finite_is_replaced() -> None:
-    assert trainer._is_better(5.0, math.nan)
-    assert trainer._is_better(5.0, None)
-    assert not trainer._is_better(math.nan, 5.0)
-    assert not trainer._is_better(math.nan, None)
+    assert validation.is_better(5.0, math.nan)
+    assert validation.is_better(5.0, None)
+    assert not validation.is_better(math.nan, 5.0)
+    assert not validation.is_better(math.nan, None)
 
 
 def test_a_state_holds_no_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
