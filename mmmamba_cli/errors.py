@@ -4,6 +4,7 @@ Any other exception is a bug in mmmamba and keeps its traceback.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class MmmambaError(Exception):
@@ -43,6 +44,20 @@ class DeviceMemoryError(MmmambaError):
 
 class MmmambaWarning(UserWarning):
     """An input was interpreted differently from how it was given."""
+
+
+def check_utf8(name: str | Path) -> None:
+    """Raise `RunError` if a path or a word of a command line is not UTF-8.
+
+    Python reads its other bytes as lone surrogates, which JSON files in UTF-8 cannot hold.
+    """
+    try:
+        str(name).encode()
+    except UnicodeEncodeError as error:
+        raise RunError(
+            f"{name} is not UTF-8; runs and results record paths and commands as UTF-8",
+            "rename the file or folder, or choose another",
+        ) from error
 
 
 def name_some(names: Iterable[str], limit: int = 10) -> str:

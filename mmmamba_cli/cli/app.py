@@ -15,8 +15,14 @@ from typer.core import TyperGroup
 import mmmamba_cli
 from mmmamba_cli.cli import JSON_OPTION
 from mmmamba_cli.cli.console import help_if_bare, print_json, print_text
+from mmmamba_cli.errors import check_utf8
 from mmmamba_cli.plugins import entry_points
 
+# Commands whose files record the paths and words that they are given.
+WRITING_COMMANDS = (
+    *("seed", "distill", "hybridize", "import", "export"),
+    *("eval", "ablate", "profile", "report", "scenes"),
+)
 # The list of commands in `mmmamba --help`, by purpose.
 COMMAND_GROUPS = {
     "Make models": ("seed", "distill", "hybridize", "import", "export"),
@@ -88,6 +94,9 @@ def _start(
     ] = False,
 ) -> None:
     help_if_bare(context)
+    if context.invoked_subcommand in WRITING_COMMANDS:
+        for word in (*sys.argv[1:], os.environ.get("MMMAMBA_RUN", "")):
+            check_utf8(word)
 
 
 def _module(name: str) -> str:

@@ -27,7 +27,7 @@ from mmmamba_cli.checkpoint.atomic_writes import (
     restore_interrupted,
 )
 from mmmamba_cli.checkpoint.checkpoint import NOT_YET_HINT, NOT_YET_IN_PLACE
-from mmmamba_cli.errors import RunError
+from mmmamba_cli.errors import RunError, check_utf8
 from mmmamba_cli.runs.manifest import MANIFEST, Manifest, Parent, read_json_as, read_manifest
 
 RUN_RECORD = "run.json"
@@ -60,6 +60,13 @@ class Teacher(BaseModel):
         if not self.in_place:
             fields.pop("in_place", None)
         return fields
+
+
+def recorded_path(path: Path) -> str:
+    """A path as `run.json` records it: absolute. Raises `RunError` if that is not UTF-8."""
+    found = str(path.resolve())
+    check_utf8(found)
+    return found
 
 
 class RunRecord(BaseModel):
@@ -237,7 +244,11 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Lock the run against other commands. Raises `RunError` if it is locked."""
+        """Lock the run against other commands.
+
+        Raises `RunError` if it is locked, or if its path is not UTF-8.
+        """
+        check_utf8(self.folder)
         made = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)

@@ -18,14 +18,14 @@ from mmmamba_cli.checkpoint import (
     combined_hash,
     public_model_name,
 )
-from mmmamba_cli.errors import CheckpointError, RunError
+from mmmamba_cli.errors import CheckpointError, RunError, check_utf8
 from mmmamba_cli.model import LINEAR, HolisticVLMConfig
 from mmmamba_cli.model.config import INHERITED_FIELDS
 from mmmamba_cli.recipe import dump_recipe, load_recipe
 from mmmamba_cli.runs.manifest import Manifest, Parent
 from mmmamba_cli.runs.product import ProductSpec, holistic_model, write_product
 from mmmamba_cli.runs.provenance import Provenance, find_manifest, provenance_of
-from mmmamba_cli.runs.run import PRODUCT_NAME, Run, RunRecord, Teacher
+from mmmamba_cli.runs.run import PRODUCT_NAME, Run, RunRecord, Teacher, recorded_path
 
 IMPORTED_PRODUCT = "imported"
 PUBLISHED_RECIPE = "mmmamba-linear"
@@ -60,6 +60,7 @@ def import_student(
         raise RunError(
             f"{name!r} cannot be a product's name", "use letters, digits, '.', '_' and '-'"
         )
+    check_utf8(_origin_name(student))
     known = _teacher_of(run, student, teacher)
     before, provenance = find_manifest(student), provenance_of(student)
     with TensorHasher() as hasher:
@@ -125,6 +126,7 @@ def _check_fit(student: Checkpoint, teacher: Checkpoint) -> None:
 
 def _digest_teacher(teacher: Checkpoint) -> Teacher:
     """The teacher's record: every tensor is checked and hashed."""
+    place = recorded_path(teacher.path)
     with TensorHasher() as hasher:
         for name in teacher.source.names:
             tensor = teacher.source.read(name)
@@ -132,7 +134,7 @@ def _digest_teacher(teacher: Checkpoint) -> Teacher:
             hasher.submit(name, tensor)
         digests = hasher.digests()
     return Teacher(
-        path=str(teacher.path.resolve()),
+        path=place,
         config=None,
         arch=None,
         content_hash=combined_hash(digests),

@@ -25,6 +25,7 @@ from mmmamba_cli.recipe import (
 )
 from mmmamba_cli.runs import Manifest, Parent, ProductSpec, Run, Teacher, write_product
 from mmmamba_cli.runs.in_place_product import in_place_model, new_tensors
+from mmmamba_cli.runs.run import recorded_path
 from mmmamba_cli.seed.initial_values import PROJECTIONS, initial_value
 from mmmamba_cli.seed.weight_transfer import SEED_PRODUCT, orphaned_products, start_run
 from mmmamba_cli.teachers import (
@@ -105,6 +106,7 @@ def seed_in_place(
         RunError: see `seed_student`.
     """
     others = orphaned_products(run, overwrite, discard)
+    place = recorded_path(teacher.path)
     config = in_place_config(teacher, recipe, allow_bidirectional=allow_bidirectional)
     repeated = _repeated_names(teacher)
     warning = bidirectional_warning(teacher.config)
@@ -125,7 +127,7 @@ def seed_in_place(
         manifest = write_product(run, spec, overwrite=overwrite, advance=advance)
         digests = teacher_hasher.digests()
     record = Teacher(
-        path=str(teacher.path.resolve()),
+        path=place,
         config=None,
         arch=None,
         content_hash=combined_hash(digests),

@@ -37,6 +37,7 @@ from mmmamba_cli.runs import (
     holistic_model,
     write_product,
 )
+from mmmamba_cli.runs.run import recorded_path
 from mmmamba_cli.seed.calibration_walk import CalibratedStart, calibrate
 from mmmamba_cli.seed.initial_values import INHERITED_PARAMETERS, initial_value
 
@@ -90,7 +91,7 @@ def seed_student(
     Raises:
         RecipeError, DataError: calibration lacks samples.
         RunError: if the run has products and `overwrite` is false, or has products besides the seed
-            and `discard` is false.
+            and `discard` is false; if the path of the teacher is not UTF-8.
     """
     if LINEAR in teacher.config.layer_types:
         raise CheckpointError(
@@ -98,6 +99,8 @@ def seed_student(
             "it is a student already: `mmmamba import` takes it into a run",
         )
     others = orphaned_products(run, overwrite, discard)
+    place = recorded_path(teacher.path)
+    config_place = None if config_file is None else recorded_path(config_file)
     config = student_config(teacher.config, recipe)
     kept = {n: s for n, s in teacher.shapes.items() if n.startswith("unused.")}
     shapes = {**parameter_shapes(config), **kept}
@@ -124,8 +127,8 @@ def seed_student(
         manifest = write_product(run, spec, overwrite=overwrite, advance=advance)
         digests = teacher_hasher.digests()
     record = Teacher(
-        path=str(teacher.path.resolve()),
-        config=None if config_file is None else str(config_file.resolve()),
+        path=place,
+        config=config_place,
         arch=arch,
         content_hash=combined_hash(digests),
         digests={name: digest.hex() for name, digest in digests.items()},

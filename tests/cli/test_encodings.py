@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ended import Command
 
 from mmmamba_cli.cli import main
+from mmmamba_cli.errors import RunError
+from mmmamba_cli.runs import Run
 
 ROOT = Path(__file__).parents[2]
 NAME = "图片-größe-😀"
@@ -145,6 +148,61 @@ def test_an_undecodable_name(folder: Path, student_run: Path, tmp_path: Path) ->
         assert done.returncode == 0, done.stderr
         if form:
             assert json.loads(done.stdout)["run"].endswith("run-\udcff")
+
+
+UNDECODABLE = os.fsdecode(b"run-\xff")
+# Each would make or write a folder whose files record what it is given.
+WRITERS = {
+    "seed --run": ["seed", "scenes-teacher", "--run", UNDECODABLE],
+    "seed TEACHER": ["seed", f"{UNDECODABLE}/teacher"],
+    "import": ["import", "scenes-linear", "--run", UNDECODABLE],
+    "hybridize": ["hybridize", "--run", UNDECODABLE],
+    "distill --run": ["distill", "--run", UNDECODABLE],
+    "distill --data": ["distill", "--data", UNDECODABLE],
+    "export": ["export", "--model", "scenes-linear", "--format", "hub", "--out", UNDECODABLE],
+    "eval": ["eval", "--model", "scenes-linear", "--suite", "scenes", "--out", UNDECODABLE],
+    "ablate": ["ablate", "plan.yaml", "--work", UNDECODABLE],
+    "profile": ["profile", "--random", "hovle-8m", "--out", UNDECODABLE],
+    "report": ["report", "--run", UNDECODABLE],
+    "scenes": ["scenes", "build", "--out", UNDECODABLE],
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are bytes on POSIX only")
+@pytest.mark.parametrize("words", WRITERS.values(), ids=WRITERS.keys())
+def test_an_undecodable_name_is_refused_before_anything_is_written(
+    words: list[str], mmmamba: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = mmmamba(*words)
+    assert ended.code == 2
+    assert ended.err.startswith("error: run-\\udcff")
+    assert "is not UTF-8" in ended.err and ended.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are bytes on POSIX only")
+def test_an_undecodable_default_run_or_working_folder(
+    mmmamba: Command, hovle_ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run may be named by the environment, and a run records the teacher's absolute path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MMMAMBA_RUN", UNDECODABLE)
+    assert "run-\\udcff is not UTF-8" in mmmamba("seed", hovle_ckpt).err
+    monkeypatch.delenv("MMMAMBA_RUN")
+    monkeypatch.chdir(hovle_ckpt.parent.rename(tmp_path / UNDECODABLE))
+    ended = mmmamba("seed", hovle_ckpt.name, "--no-report")
+    assert (ended.code, ended.out) == (2, "")
+    assert "run-\\udcff/hovle.ckpt is not UTF-8" in ended.err
+    assert not list(Path.cwd().glob("runs/default/*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are bytes on POSIX only")
+def test_a_run_of_an_undecodable_name_is_not_locked(tmp_path: Path) -> None:
+    run = Run(tmp_path / UNDECODABLE)
+    with pytest.raises(RunError, match="is not UTF-8"), run.lock():
+        pass
+    assert not run.folder.exists()
 
 
 def test_text_files_are_opened_with_a_named_encoding() -> None:
