@@ -10,7 +10,9 @@ PIP_INSTALL := -m pip install --disable-pip-version-check --progress-bar raw
 # The oldest and the newest transformers that the package supports, beside the pinned one.
 FLOOR := 5.17.0
 NEWEST := 5.24.0
-MATRIX := tests/model tests/inference tests/processing tests/export tests/pipeline tests/teachers
+MATRIX := tests/model tests/inference tests/processing tests/export tests/pipeline tests/teachers \
+	tests/distill/test_in_place_device_waits.py tests/distill/test_module_overrides.py \
+	tests/distill/test_prepared_calls.py
 
 .PHONY: setup check test test-floor test-newest test-matrix conformance demo smoke format clean \
 	release release-check

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.model.sequence_layout import SequenceLayout, packed_sequences
+from mmmamba_cli.ops.attention import VarlenMetadata, varlen_metadata
 
 
 @dataclass
@@ -35,6 +36,9 @@ class CallInputs:
     host_positions: Tensor | None = None
     _masks: dict[tuple[int, int], tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
     _seq_idx: dict[int, Tensor | None] = field(default_factory=dict)
+    _varlen: dict[tuple[int, int, torch.device], VarlenMetadata | None] = field(
+        default_factory=dict
+    )
 
     def masks(self, past: int, length: int) -> tuple[Tensor | None, Tensor | None]:
         """(B, T) of this call's columns and (B, S + T) of all, bool; None without padding.
@@ -77,6 +81,27 @@ class CallInputs:
             known = self.position_ids if self.host_positions is None else self.host_positions
             self._seq_idx[batch] = packed_sequences(self.position_ids.expand(batch, -1), known)
         return self._seq_idx[batch]
+
+    def varlen(self, batch: int, length: int, device: torch.device) -> VarlenMetadata | None:
+        """The sequences of padded or packed rows without a cache, on `device`.
+
+        None if values on the CPU are not known.
+        """
+        key = (batch, length, device)
+        if key not in self._varlen:
+            found = self._known_varlen(batch, length)
+            if found is not None:
+                ends = found.cu_seqlens.to(device, non_blocking=True)
+                found = VarlenMetadata(ends, found.max_seqlen)
+            self._varlen[key] = found
+        return self._varlen[key]
+
+    def _known_varlen(self, batch: int, length: int) -> VarlenMetadata | None:
+        if self.host_mask is not None:
+            return varlen_metadata(self.host_mask[:, :length], None)
+        if self.host_positions is None:
+            return None
+        return varlen_metadata(None, packed_sequences(self.host_positions.expand(batch, -1)))
 
 
 class CallContext:
@@ -153,7 +178,10 @@ class CallContext:
         cos = sin = hidden.new_empty(1, length, 0)
         if uses_rope and angles is not None:
             cos, sin = angles
-        return SequenceLayout(cos, sin, past, mask, seq_idx, key_mask, seq_idx)
+        # Only attention to a window reads it, and that has RoPE.
+        reads_varlen = uses_rope and not past and (mask is not None or seq_idx is not None)
+        varlen = inputs.varlen(batch, length, hidden.device) if reads_varlen else None
+        return SequenceLayout(cos, sin, past, mask, seq_idx, key_mask, seq_idx, varlen)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth += 1

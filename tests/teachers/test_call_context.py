@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from mmmamba_cli.errors import DataError
 from mmmamba_cli.model.cache import CACHE_NAME
+from mmmamba_cli.ops.attention import varlen_metadata
 from mmmamba_cli.teachers import CallContext, StudentPlan, convert, mixers_of
 
 
@@ -143,3 +145,47 @@ def test_mixers_run_beside_a_teacher_with_its_own_context() -> None:
     detach()
     source(**prompt("qwen3"))
     assert context.inputs().attention_mask is padded["attention_mask"]
+
+
+def layout_of(context: CallContext, *, uses_rope: bool = True, **given: Tensor) -> Any:
+    """The layout of a call of a language model with these arguments."""
+    source, found = teacher("qwen3"), []
+
+    def run(module: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+        hidden, angles = kwargs["hidden_states"], kwargs["position_embeddings"]
+        found.append(context.layout(hidden, angles, uses_rope=uses_rope))
+
+    detach = context.attach(source)
+    handle = source.model.layers[0].self_attn.register_forward_pre_hook(run, with_kwargs=True)
+    source(input_ids=torch.full((2, 6), 5), use_cache=False, **given)
+    handle.remove()
+    detach()
+    return found[0]
+
+
+def test_values_of_a_call_are_read_on_the_cpu_where_they_are_known() -> None:
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, 4:] = 0
+    context = CallContext()
+    assert layout_of(context, attention_mask=mask).precomputed_varlen is None
+    context.remember(mask, mask.clone())
+    known, expected = layout_of(context, attention_mask=mask), varlen_metadata(mask, None)
+    assert expected is not None and torch.equal(known.mask, mask.bool())
+    assert torch.equal(known.precomputed_varlen.cu_seqlens, expected.cu_seqlens)
+    assert known.precomputed_varlen.max_seqlen == 6
+    assert layout_of(context, uses_rope=False, attention_mask=mask).precomputed_varlen is None
+    # The copy counts: with this one no column is padding.
+    context.remember(mask, torch.ones_like(mask))
+    assert layout_of(context, attention_mask=mask).mask is None
+
+
+def test_packing_of_a_call_is_read_on_the_cpu_where_it_is_known() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
+    context = CallContext()
+    context.remember(positions, positions.clone())
+    known = layout_of(context, position_ids=positions)
+    expected = varlen_metadata(None, known.seq_idx)
+    assert expected is not None and known.seq_idx.tolist() == [[0, 0, 0, 1, 1, 1], [0] * 6]
+    assert torch.equal(known.precomputed_varlen.cu_seqlens, expected.cu_seqlens)
+    context.remember(positions, torch.arange(6).expand(2, -1))
+    assert layout_of(context, position_ids=positions).seq_idx is None
