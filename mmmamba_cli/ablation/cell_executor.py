@@ -34,7 +34,7 @@ from mmmamba_cli.ablation.record_builder import (
     stage_record,
     suite_record,
 )
-from mmmamba_cli.ablation.run_folders import copy_run, prune_run
+from mmmamba_cli.ablation.run_folders import copy_run, num_answers, prune_run
 from mmmamba_cli.checkpoint import (
     InPlaceCheckpoint,
     atomic_write_text,
@@ -140,6 +140,7 @@ class CellExecutor:
             self._train(run, cell.recipe, cell.stages, control)
             self._run_commands(run, cell, control)
             resolved = resolve_product(run)
+        resumed = {use.title for use in cell.suites if num_answers(run.folder, use.title)}
         suites, seconds = self._evaluate(run, cell, resolved, control)
         stages = [] if cell.recipe is None else stage_products(run, resolved.name)
         other = time.perf_counter() - started - self._step_seconds - sum(seconds.values())
@@ -161,7 +162,7 @@ class CellExecutor:
                 date=utc_timestamp(),
                 other=round(max(0.0, other), 2),
                 stages={p.stages[-1]: round(p.metrics["seconds"], 2) for p in stages},
-                suites=seconds,
+                suites={label: seconds[label] for label in seconds if label not in resumed},
                 jobs=self.setting.jobs,
             ),
         )

@@ -106,6 +106,7 @@ class Timing(_JsonModel):
     # Seconds of everything but steps and suites, in the call that finished the cell.
     other: float = 0.0
     stages: dict[str, float] = {}
+    # Without suites that an earlier call had begun to answer.
     suites: dict[str, float] = {}
     # Cells that ran at the same time, this one included.
     jobs: int = 1

@@ -276,6 +276,19 @@ def test_a_suite_that_the_plan_gains(write_plan: WritePlan, trained: list[str]) 
         assert after[name]["commands"][-1].endswith("--suite scenes --answers likelihood")
 
 
+def test_times_of_a_suite_are_those_of_all_its_answers(write_plan: WritePlan) -> None:
+    file = write_plan({"arms": [{"name": "linear", "stages": []}]})
+    record = file.parent / "out" / "linear-seed0.json"
+    times = []
+    for _ in range(2):
+        done(file, "--only", "linear")
+        times.append(json.loads(record.read_text())["timing"]["suites"])
+        # The answers are kept in the run.
+        record.unlink()
+    assert list(times[0]) == ["scenes"]
+    assert times[1] == {}
+
+
 def test_two_runners_cannot_use_one_folder(write_plan: WritePlan) -> None:
     file = write_plan()
     with (

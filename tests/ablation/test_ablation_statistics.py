@@ -7,8 +7,9 @@ import pytest
 from ablation_plans import WritePlan
 from ablation_results import SCORING, answers_with, questions_of, write_cells
 
-from mmmamba_cli.ablation import expand, load_plan
+from mmmamba_cli.ablation import CellRecord, expand, load_plan
 from mmmamba_cli.ablation.answers import Texts
+from mmmamba_cli.ablation.cell_record import Timing, write_record
 from mmmamba_cli.ablation.results_page import markdown
 from mmmamba_cli.ablation.statistics import (
     paired_difference,
@@ -101,6 +102,24 @@ def test_a_seed_that_the_base_lacks_is_not_compared(write_plan: WritePlan) -> No
     _, hybrid = table.values
     assert (hybrid["mean"], hybrid["difference"]["value"]) == (90, pytest.approx(20))
     assert (hybrid["retention"], hybrid["above_chance"]) == (None, None)
+
+
+def test_a_failed_cell_is_noted_in_one_sentence(write_plan: WritePlan) -> None:
+    file = write_plan()
+    cell = expand(load_plan(file))[1]
+    failed = CellRecord(
+        plan="plan",
+        cell=cell.name,
+        arm=cell.arm,
+        seed=0,
+        digest=cell.digest,
+        status="failed",
+        error="stage3 ran out of memory. Process 7 has 3 GiB.",
+        timing=Timing(date="2026-01-01"),
+    )
+    write_record(file.parent / "out", cell, failed)
+    _, notes = plan_tables(load_plan(file), file.parent / "out", expand(load_plan(file)))
+    assert notes[0] == "linear-seed0 failed: stage3 ran out of memory"
 
 
 def test_results_of_other_settings_are_left_out(write_plan: WritePlan) -> None:
