@@ -22,7 +22,7 @@ from mmmamba_cli.ablation.cell_record import (
     read_records,
     write_record,
 )
-from mmmamba_cli.ablation.cells import Cell, Trunk
+from mmmamba_cli.ablation.cells import Cell, SharedStages
 from mmmamba_cli.ablation.commands import CommandStopped, commands_of, fill_placeholders
 from mmmamba_cli.ablation.own_commands import run_own_commands
 from mmmamba_cli.ablation.plan import WORK, Plan, SuiteUse
@@ -103,7 +103,7 @@ class Setting:
 
 
 class CellExecutor:
-    """Runs cells and trunks; opened suites are shared by the cells."""
+    """Runs cells and shared stages; opened suites are shared by the cells."""
 
     def __init__(self, setting: Setting):
         self.setting = setting
@@ -111,19 +111,19 @@ class CellExecutor:
         # Seconds of the optimiser steps of the unit that runs, in this process.
         self._step_seconds = 0.0
 
-    def run_trunk(self, trunk: Trunk, control: Control) -> None:
-        """Train the stages of a trunk, from those of its parent.
+    def train_shared_stages(self, shared: SharedStages, control: Control) -> None:
+        """Train shared stages, from those of their parent.
 
         Raises:
             CellStopped: the runner asked to stop; the state has been saved.
             MmmambaError: as `distill` and `seed` do.
         """
-        run = Run(self.setting.work / trunk.folder)
-        self._begin(run, trunk.recipe, trunk.parent, control)
-        self._train(run, trunk.recipe, trunk.stages, control)
+        run = Run(self.setting.work / shared.folder)
+        self._begin(run, shared.recipe, shared.parent, control)
+        self._train(run, shared.recipe, shared.stages, control)
 
-    def run_cell(self, cell: Cell, parent: Trunk | None, control: Control) -> CellRecord:
-        """Train and evaluate a cell and write its JSON; raises as `run_trunk` does.
+    def run_cell(self, cell: Cell, parent: SharedStages | None, control: Control) -> CellRecord:
+        """Train and evaluate a cell and write its JSON; raises as `train_shared_stages` does.
 
         A finished cell whose plan has gained suites is evaluated on these alone.
         """
@@ -208,8 +208,10 @@ class CellExecutor:
         prune_run(run.folder, self.setting.keep, resolved.name if cell.recipe else None)
         return completed
 
-    def _begin(self, run: Run, recipe: Recipe, parent: Trunk | None, control: Control) -> None:
-        """Seed a run, or copy that of the trunk, unless it has begun."""
+    def _begin(
+        self, run: Run, recipe: Recipe, parent: SharedStages | None, control: Control
+    ) -> None:
+        """Seed a run, or copy that of the shared stages, unless it has begun."""
         self._step_seconds = 0.0
         if not run.exists:
             if parent is not None:

@@ -64,16 +64,16 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Trunk:
+class SharedStages:
     """Stages that several cells have in common, trained once.
 
-    `stages` are all stages done at its end, `parent` is the trunk that it continues.
+    `stages` are all stages done at their end, `parent` those that they continue.
     """
 
     digest: str
     recipe: Recipe
     stages: tuple[str, ...]
-    parent: Trunk | None
+    parent: SharedStages | None
 
     @property
     def name(self) -> str:
@@ -259,10 +259,10 @@ def _digest(*values: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_DIGITS]
 
 
-def shared_trunks(cells: Iterable[Cell]) -> dict[str, list[Trunk]]:
-    """The trunks of each cell by its name, the first stages first.
+def find_shared_stages(cells: Iterable[Cell]) -> dict[str, list[SharedStages]]:
+    """The shared stages of each cell by its name, the first stages first.
 
-    A trunk ends where the cells that share it go on differently, or where one of them ends.
+    They end where the cells that share them go on differently, or where one of the cells ends.
     """
     listed = [cell for cell in cells if cell.recipe is not None]
     users = Counter(prefix for cell in listed for prefix in cell.prefixes[1:])
@@ -270,10 +270,10 @@ def shared_trunks(cells: Iterable[Cell]) -> dict[str, list[Trunk]]:
     for cell in listed:
         for prefix, after in zip(cell.prefixes[1:], [*cell.prefixes[2:], None], strict=False):
             followers[prefix].add(after)
-    made: dict[str, Trunk] = {}
-    found: dict[str, list[Trunk]] = {}
+    made: dict[str, SharedStages] = {}
+    found: dict[str, list[SharedStages]] = {}
     for cell in listed:
-        path: list[Trunk] = []
+        path: list[SharedStages] = []
         for depth, prefix in enumerate(cell.prefixes[1:], start=1):
             if users[prefix] < 2 or (len(followers[prefix]) < 2 and followers[prefix] != {None}):
                 continue
@@ -281,7 +281,7 @@ def shared_trunks(cells: Iterable[Cell]) -> dict[str, list[Trunk]]:
                 assert cell.recipe is not None
                 recipe = _with_stages(cell.recipe, cell.stages[:depth])
                 parent = path[-1] if path else None
-                made[prefix] = Trunk(prefix, recipe, cell.stages[:depth], parent)
+                made[prefix] = SharedStages(prefix, recipe, cell.stages[:depth], parent)
             path.append(made[prefix])
         found[cell.name] = path
     return found

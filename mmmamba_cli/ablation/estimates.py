@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from mmmamba_cli.ablation.cell_record import CellRecord
-from mmmamba_cli.ablation.cells import Cell, Trunk
+from mmmamba_cli.ablation.cells import Cell, SharedStages
 from mmmamba_cli.ablation.plan import Hints, SuiteUse
 from mmmamba_cli.ablation.run_folders import RunState, num_answers, read_run_state
 
@@ -72,7 +72,7 @@ class Estimator:
         *,
         work: Path,
         jobs: int = 1,
-        units: Iterable[Cell | Trunk] = (),
+        units: Iterable[Cell | SharedStages] = (),
     ):
         self._hints, self._work, self._jobs = hints, work, jobs
         self._device: str | None = None
@@ -109,14 +109,14 @@ class Estimator:
         for label, seconds in timing.suites.items():
             self._suites.add(record.arm, label, timing.jobs, seconds)
 
-    def read_run(self, unit: Cell | Trunk) -> None:
-        """Read the seconds of the steps that an unfinished cell or a trunk has done."""
+    def read_run(self, unit: Cell | SharedStages) -> None:
+        """Read the seconds of the steps that an unfinished cell or shared stages have done."""
         self._unfinished[unit.folder] = read_run_state(self._work / unit.folder).step_seconds
 
-    def estimate(self, unit: Cell | Trunk, shared: tuple[str, ...] = ()) -> Estimate | None:
-        """The seconds until a cell or a trunk is done, from where its run is; None if unknown.
+    def estimate(self, unit: Cell | SharedStages, shared: tuple[str, ...] = ()) -> Estimate | None:
+        """The seconds until a cell or shared stages are done, from where the run is, or None.
 
-        `shared` are the stages of the trunk that it continues.
+        `shared` are the names of the stages that it continues.
         """
         answered = self._answered.get(unit.name, set())
         arm = unit.arm if isinstance(unit, Cell) else None
@@ -132,7 +132,7 @@ class Estimator:
         return Estimate(sum(known), self._hints.cell if other is None else other)
 
     def _training(
-        self, arm: str | None, unit: Cell | Trunk, shared: tuple[str, ...]
+        self, arm: str | None, unit: Cell | SharedStages, shared: tuple[str, ...]
     ) -> list[float | None]:
         """Seconds of each stage that is left, without the steps that are saved."""
         assert unit.recipe is not None

@@ -1,4 +1,4 @@
-"""Where a plan stands: finished cells, and the cells and trunks to run, parents first."""
+"""Where a plan stands: finished cells, and the cells and shared stages to run, parents first."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from mmmamba_cli.ablation.cell_record import (
     missing_suites,
     read_records,
 )
-from mmmamba_cli.ablation.cells import Cell, Trunk, shared_trunks
+from mmmamba_cli.ablation.cells import Cell, SharedStages, find_shared_stages
 from mmmamba_cli.ablation.estimates import Estimator
 from mmmamba_cli.ablation.plan import SuiteUse
 from mmmamba_cli.ablation.run_folders import has_product
 from mmmamba_cli.errors import RunError, name_some
 
-Unit = Cell | Trunk
+Unit = Cell | SharedStages
 
 
 @dataclass(frozen=True)
 class PlanProgress:
-    """Where a plan stands: records by cell, cells to run, trunks and run folders of all cells.
+    """Where a plan stands: records by cell, cells to run, and of all cells the shared
+    stages and run folders.
 
     `lacking` has the labels of suites that the plan has gained since a cell was finished, of the
     selected cells whose product is gone, so that they cannot be evaluated on them.
@@ -31,7 +32,7 @@ class PlanProgress:
 
     records: Mapping[str, CellRecord]
     pending: tuple[Cell, ...]
-    trunks: Mapping[str, Sequence[Trunk]]
+    shared_stages: Mapping[str, Sequence[SharedStages]]
     folders: Mapping[str, str]
     lacking: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -47,11 +48,11 @@ class PlanProgress:
         return list(dict.fromkeys(uses))
 
     @property
-    def pending_trunks(self) -> dict[str, Sequence[Trunk]]:
-        """The trunks of the cells to train; a finished cell that lacks suites needs none."""
+    def pending_shared_stages(self) -> dict[str, Sequence[SharedStages]]:
+        """The shared stages of the cells to train; a finished cell that lacks suites needs none."""
         done = finished_records(self.records)
         return {
-            cell.name: self.trunks.get(cell.name, ())
+            cell.name: self.shared_stages.get(cell.name, ())
             for cell in self.pending
             if cell.name not in done
         }
@@ -93,7 +94,7 @@ def find_progress(
             else:
                 lacking[cell.name] = tuple(use.title for use in missing)
     folders = {cell.name: cell.folder for cell in cells}
-    return PlanProgress(records, tuple(pending), shared_trunks(cells), folders, lacking)
+    return PlanProgress(records, tuple(pending), find_shared_stages(cells), folders, lacking)
 
 
 def _model_is_left(cell: Cell, record: CellRecord, work: Path) -> bool:
@@ -104,14 +105,14 @@ def _model_is_left(cell: Cell, record: CellRecord, work: Path) -> bool:
     return model is not None and has_product(work / cell.folder, model.product, model.content_hash)
 
 
-def units_to_run(progress: PlanProgress) -> list[tuple[Unit, Trunk | None]]:
-    """The units of the pending cells with the trunk that each starts from, parents first."""
-    found: dict[str, tuple[Unit, Trunk | None]] = {}
-    trunks = progress.pending_trunks
+def units_to_run(progress: PlanProgress) -> list[tuple[Unit, SharedStages | None]]:
+    """The units of the pending cells, parents first, with the shared stages each starts from."""
+    found: dict[str, tuple[Unit, SharedStages | None]] = {}
+    pending = progress.pending_shared_stages
     for cell in progress.pending:
-        path = trunks.get(cell.name, ())
-        for trunk in path:
-            found.setdefault(trunk.folder, (trunk, trunk.parent))
+        path = pending.get(cell.name, ())
+        for shared in path:
+            found.setdefault(shared.folder, (shared, shared.parent))
         found[cell.folder] = (cell, path[-1] if path else None)
     return list(found.values())
 

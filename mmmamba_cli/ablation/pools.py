@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mmmamba_cli.ablation.cell_executor import CellExecutor, CellStopped, Control, Setting
-from mmmamba_cli.ablation.cells import Trunk
+from mmmamba_cli.ablation.cells import SharedStages
 from mmmamba_cli.ablation.plan_progress import Unit
 from mmmamba_cli.ablation.runner import UnitEnd
 from mmmamba_cli.devices import OutOfMemory, pick_device
@@ -40,11 +40,13 @@ STOP_SECONDS = 60.0
 Report = Callable[[str, str, int, int], None]
 
 
-def run_unit(executor: CellExecutor, unit: Unit, parent: Trunk | None, control: Control) -> UnitEnd:
+def run_unit(
+    executor: CellExecutor, unit: Unit, parent: SharedStages | None, control: Control
+) -> UnitEnd:
     """Run a unit and say how it ended. A bug's traceback is printed, and the others go on."""
     try:
-        if isinstance(unit, Trunk):
-            executor.run_trunk(unit, control)
+        if isinstance(unit, SharedStages):
+            executor.train_shared_stages(unit, control)
         else:
             executor.run_cell(unit, parent, control)
     except CellStopped:
@@ -78,7 +80,7 @@ class InlinePool:
     ):
         self._executor = CellExecutor(setting)
         self._say, self._report, self._should_stop = say, report, should_stop
-        self._next: tuple[Unit, Trunk | None, float | None] | None = None
+        self._next: tuple[Unit, SharedStages | None, float | None] | None = None
 
     @property
     def running(self) -> Sequence[Unit]:
@@ -88,7 +90,9 @@ class InlinePool:
     def devices(self) -> int:
         return 1
 
-    def start(self, unit: Unit, parent: Trunk | None, deadline: float | None, sharing: int) -> None:
+    def start(
+        self, unit: Unit, parent: SharedStages | None, deadline: float | None, sharing: int
+    ) -> None:
         self._next = (unit, parent, deadline)
 
     def wait(self) -> list[UnitEnd]:
@@ -170,7 +174,9 @@ class ProcessPool:
     def devices(self) -> int:
         return max(1, len(self._gpus))
 
-    def start(self, unit: Unit, parent: Trunk | None, deadline: float | None, sharing: int) -> None:
+    def start(
+        self, unit: Unit, parent: SharedStages | None, deadline: float | None, sharing: int
+    ) -> None:
         worker = self._idle_worker()
         worker.unit, worker.beside = unit, 0
         there = [one for one in self._busy() if one.gpu == worker.gpu]

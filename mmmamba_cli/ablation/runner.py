@@ -1,4 +1,4 @@
-"""The runner of a plan: which cells and trunks run, in which order, until when."""
+"""The runner of a plan: which cells and shared stages run, in which order, until when."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmmamba_cli.ablation.cell_record import (
     record_file,
     write_record,
 )
-from mmmamba_cli.ablation.cells import Cell, Trunk
+from mmmamba_cli.ablation.cells import Cell, SharedStages
 from mmmamba_cli.ablation.estimates import Estimator
 from mmmamba_cli.ablation.plan import Plan
 from mmmamba_cli.ablation.plan_progress import PlanProgress, Unit, units_to_run
@@ -29,10 +29,10 @@ from mmmamba_cli.runs.manifest import utc_timestamp
 
 @dataclass(frozen=True)
 class UnitEnd:
-    """How a cell or trunk ended.
+    """How a cell or shared stages ended.
 
     Attributes:
-        unit: the cell or trunk.
+        unit: the cell or shared stages.
         status: `finished`, `stopped`, `failed` or `out of memory`.
         message: of a failure.
         beside: the most other units that have run on its device at the same time.
@@ -55,7 +55,9 @@ class Pool(Protocol):
         """Devices that the units are spread over evenly."""
         ...
 
-    def start(self, unit: Unit, parent: Trunk | None, deadline: float | None, sharing: int) -> None:
+    def start(
+        self, unit: Unit, parent: SharedStages | None, deadline: float | None, sharing: int
+    ) -> None:
         """Start a unit on the device with the fewest.
 
         `deadline` is a time of `time.monotonic`; `sharing` is the number of units that may share
@@ -169,7 +171,7 @@ def _note(
     out: Path,
     events: RunnerEvents,
 ) -> None:
-    """Add the end of a unit to the outcome; the cells of a failed trunk fail with it.
+    """Add the end of a unit to the outcome; the cells of failed shared stages fail too.
 
     A cell that could not be evaluated on a suite gained by the plan keeps its result.
     """
@@ -185,7 +187,7 @@ def _note(
     message = end.message
     if queue.most_together(unit) is not None:
         message = f"also alone on its device, {message}"
-    if isinstance(unit, Trunk):
+    if isinstance(unit, SharedStages):
         message = f"the stages {', '.join(unit.stages)} that it shares failed: {message}"
     for cell in queue.fail(unit):
         outcome.failed[cell.name] = message
@@ -210,18 +212,21 @@ def _note(
 def remove_unneeded(
     progress: PlanProgress, outcome: Outcome | None, work: Path, keep: Sequence[str]
 ) -> None:
-    """Remove the runs of trunks that no cell without a result needs, and prune finished cells.
+    """Remove runs of shared stages that no cell without a result needs, and prune finished cells.
 
     Safe to repeat: a killed runner may have left them.
     """
     done = set(finished_records(progress.records)) | set(outcome.finished if outcome else ())
     needed = {
-        trunk.folder for name, path in progress.trunks.items() for trunk in path if name not in done
+        shared.folder
+        for name, path in progress.shared_stages.items()
+        for shared in path
+        if name not in done
     }
-    for path in progress.trunks.values():
-        for trunk in path:
-            folder = work / trunk.folder
-            if trunk.folder not in needed and folder.is_dir():
+    for path in progress.shared_stages.values():
+        for shared in path:
+            folder = work / shared.folder
+            if shared.folder not in needed and folder.is_dir():
                 shutil.rmtree(folder)
     # The model of a cell that lacks suites is needed.
     waiting = {cell.name for cell in progress.pending}

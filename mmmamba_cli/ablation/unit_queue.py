@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmmamba_cli.ablation.cells import Cell, Trunk
+from mmmamba_cli.ablation.cells import Cell, SharedStages
 from mmmamba_cli.ablation.estimates import Estimate, Estimator
 from mmmamba_cli.ablation.plan_progress import PlanProgress, Unit, units_to_run
 
@@ -46,13 +46,13 @@ def is_worth_beginning(estimate: Estimate | None, left: float, whole: float = ma
 
 @dataclass(frozen=True)
 class Waiting:
-    """A unit with the trunk that it starts from.
+    """A unit with the shared stages that it starts from.
 
     `most` is the number of units that may run together with it, itself included; None for no limit.
     """
 
     unit: Unit
-    parent: Trunk | None
+    parent: SharedStages | None
     most: int | None = None
 
     @property
@@ -67,7 +67,7 @@ class UnitQueue:
         units = [Waiting(unit, parent) for unit, parent in units_to_run(progress)]
         self._waiting = {one.unit.folder: one for one in units}
         self._unfinished = dict(self._waiting)
-        self._trunks = progress.pending_trunks
+        self._shared_stages = progress.pending_shared_stages
         self._estimator = estimator
         self._closed = False
         self._has_begun = False
@@ -147,7 +147,7 @@ class UnitQueue:
         if isinstance(unit, Cell):
             return [unit]
         cells = [one.unit for one in self._unfinished.values() if isinstance(one.unit, Cell)]
-        return [cell for cell in cells if unit in self._trunks.get(cell.name, ())]
+        return [cell for cell in cells if unit in self._shared_stages.get(cell.name, ())]
 
     def close(self) -> None:
         """Start nothing more."""
@@ -161,9 +161,9 @@ class UnitQueue:
         lost = self._cells_of(unit)
         gone = {unit.folder, *(cell.folder for cell in lost)}
         for cell in lost:
-            if isinstance(unit, Trunk):
-                path = self._trunks[cell.name]
-                gone |= {trunk.folder for trunk in path[path.index(unit) :]}
+            if isinstance(unit, SharedStages):
+                path = self._shared_stages[cell.name]
+                gone |= {shared.folder for shared in path[path.index(unit) :]}
         for folder in gone:
             self._waiting.pop(folder, None)
             self._unfinished.pop(folder, None)

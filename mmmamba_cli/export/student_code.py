@@ -14,7 +14,7 @@ from mmmamba_cli import __version__
 from mmmamba_cli.export.remote_code import PACKAGE, bundle_files, file_of
 from mmmamba_cli.teachers import StudentPlan
 from mmmamba_cli.teachers.auto_class import auto_classes, register_model
-from mmmamba_cli.teachers.plan import ATTENTION_MIXER
+from mmmamba_cli.teachers.mixer_plan import ATTENTION_MIXER
 
 STUDENT_FILE = "modeling_mmmamba_student"
 CONFIG_MODULE, MODEL_MODULE = f"{PACKAGE}.teachers.config_class", f"{PACKAGE}.teachers.auto_class"

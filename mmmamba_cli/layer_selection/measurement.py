@@ -103,7 +103,7 @@ class Measurement:
     def kl(self) -> KL:
         """The divergence of the recipe's last end-to-end stage, which says what it scores.
 
-        A recipe without such a stage, as that of a trunk of `ablate`, scores the answers: the
+        A recipe without such a stage, as that of shared stages of `ablate`, scores the answers: the
         labels of the data say which columns count.
         """
         stages = [stage for stage in self.recipe.stages if stage.loss == "kl"]

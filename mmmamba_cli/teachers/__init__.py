@@ -23,8 +23,8 @@ Students load by AutoConfig, AutoModelForImageTextToText and AutoModelForCausalL
 from typing import TYPE_CHECKING
 
 from mmmamba_cli.lazy_imports import lazy_attributes
+from mmmamba_cli.teachers.mixer_plan import MODEL_TYPE_PREFIX, PLAN_FIELD, StudentPlan
 from mmmamba_cli.teachers.packed_rows import packing_problem
-from mmmamba_cli.teachers.plan import MODEL_TYPE_PREFIX, PLAN_FIELD, StudentPlan
 from mmmamba_cli.teachers.refusals import bidirectional_warning, refusal, text_config
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 
 from mmmamba_cli.architecture import StackConfig
 from mmmamba_cli.errors import MmmambaError
-from mmmamba_cli.teachers.plan import teacher_type
+from mmmamba_cli.teachers.mixer_plan import teacher_type
 from mmmamba_cli.teachers.refusals import bidirectional_warning, refusal, text_config
 
 ATTENTION_NAME = "self_attn"

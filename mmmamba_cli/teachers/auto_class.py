@@ -35,7 +35,7 @@ from mmmamba_cli.teachers.anatomy import (
 from mmmamba_cli.teachers.call_context import CallContext
 from mmmamba_cli.teachers.config_class import student_config_class
 from mmmamba_cli.teachers.mixer_in_place import MixerInPlace, in_place_class
-from mmmamba_cli.teachers.plan import ATTENTION_MIXER, PLAN_FIELD, StudentPlan
+from mmmamba_cli.teachers.mixer_plan import ATTENTION_MIXER, PLAN_FIELD, StudentPlan
 from mmmamba_cli.teachers.refusals import text_config
 
 

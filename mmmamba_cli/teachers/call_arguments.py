@@ -21,8 +21,8 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
+from mmmamba_cli.teachers.mixer_plan import teacher_type
 from mmmamba_cli.teachers.packed_positions import GRIDS, MODALITIES, packed_position_ids
-from mmmamba_cli.teachers.plan import teacher_type
 
 MASK, POSITIONS = "attention_mask", "position_ids"
 # Sizes and numbers of pictures (LLaVA-OneVision, Mistral 3), of which classes only read values.

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mmmamba_cli.errors import CheckpointError
-from mmmamba_cli.teachers.plan import MODEL_TYPE_PREFIX
+from mmmamba_cli.teachers.mixer_plan import MODEL_TYPE_PREFIX
 
 # Families whose students are registered at import; others when a teacher or a folder names them.
 FAMILIES = (

@@ -18,7 +18,7 @@ from mmmamba_cli.teachers.auto_class import (
     student_plan,
 )
 from mmmamba_cli.teachers.config_class import register_config
-from mmmamba_cli.teachers.plan import PLAN_FIELD, StudentPlan
+from mmmamba_cli.teachers.mixer_plan import PLAN_FIELD, StudentPlan
 
 
 @dataclass(frozen=True)

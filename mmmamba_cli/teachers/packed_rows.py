@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmmamba_cli.teachers.plan import teacher_type
+from mmmamba_cli.teachers.mixer_plan import teacher_type
 from mmmamba_cli.teachers.refusals import bidirectional_warning, text_config
 
 # Vision-language models, by model_type.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mmmamba_cli.teachers.plan import teacher_type
+from mmmamba_cli.teachers.mixer_plan import teacher_type
 
 # Layer types whose layers have an attention module with keys and values of their own.
 SOFTMAX_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})

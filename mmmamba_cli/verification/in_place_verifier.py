@@ -11,6 +11,7 @@ from mmmamba_cli.teachers import StudentPlan, expected_tensors, text_config
 from mmmamba_cli.verification import processor_checks
 from mmmamba_cli.verification.in_place_teacher import ANATOMY, InPlaceTeacher, check_anatomy
 from mmmamba_cli.verification.memory import MEMORY, check_memory
+from mmmamba_cli.verification.processor_parts import ProcessorParts, open_processor_parts
 from mmmamba_cli.verification.prompts import Prompts, encoded_prompts, random_prompts
 from mmmamba_cli.verification.report import DIFFERENT, OK, SKIPPED, CheckResult
 from mmmamba_cli.verification.steps import Progress, Step, run_step, skipped
@@ -21,7 +22,6 @@ from mmmamba_cli.verification.stored_tensors import (
     check_values,
 )
 from mmmamba_cli.verification.student_checks import MODEL_CHECKS, StockOutputs, check_models
-from mmmamba_cli.verification.teacher_processor import TeacherProcessor, open_teacher_processor
 
 OUTPUTS = "HolisticVLM"
 NativeCheck = Callable[[Prompts, StockOutputs], CheckResult]
@@ -45,7 +45,7 @@ def verify_in_place(
         found += run_step(Step(ANATOMY, lambda: check_anatomy(teacher.config)), progress)
         complete = all(one.status == OK for one in found)
         found += run_step(Step(VALUES, lambda: check_values(source)), progress)
-        opened = open_teacher_processor(teacher.folder, teacher.takes_pictures)
+        opened = open_processor_parts(teacher.folder, teacher.takes_pictures)
         found += check_encoding(teacher, opened, progress)
         if not complete:
             reason = "the checks of tensors and anatomy come first"
@@ -62,7 +62,7 @@ def verify_in_place(
 
 
 def check_encoding(
-    teacher: InPlaceTeacher, opened: TeacherProcessor, progress: Progress
+    teacher: InPlaceTeacher, opened: ProcessorParts, progress: Progress
 ) -> list[CheckResult]:
     """The checks of tokenizer, chat template and processor, or why they are skipped."""
     checks = (
@@ -99,7 +99,7 @@ def check_encoding(
 
 
 def make_prompts(
-    teacher: InPlaceTeacher, opened: TeacherProcessor, found: Sequence[CheckResult]
+    teacher: InPlaceTeacher, opened: ProcessorParts, found: Sequence[CheckResult]
 ) -> Prompts:
     """Prompts by the parts that their checks found right; random ids without a tokenizer."""
     fine = {one.name for one in found if one.status == OK}

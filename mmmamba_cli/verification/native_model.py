@@ -20,7 +20,7 @@ from mmmamba_cli.architecture import (
 from mmmamba_cli.checkpoint import Checkpoint, open_source, stored_dtype
 from mmmamba_cli.model import HolisticVLM, HolisticVLMConfig
 from mmmamba_cli.seed.initial_values import initial_value
-from mmmamba_cli.teachers.plan import ATTENTION_MIXER
+from mmmamba_cli.teachers.mixer_plan import ATTENTION_MIXER
 from mmmamba_cli.verification.comparison import (
     allowed_distance,
     logits_of,

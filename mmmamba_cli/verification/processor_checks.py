@@ -11,9 +11,9 @@ import torch
 from mmmamba_cli.errors import name_some
 from mmmamba_cli.processing import as_id_set
 from mmmamba_cli.teachers import text_config
+from mmmamba_cli.verification.processor_parts import ProcessorParts, messages_of
 from mmmamba_cli.verification.prompts import QUESTION, Encode, Row, drawn_picture, picture_rows
 from mmmamba_cli.verification.report import DIFFERENT, OK, SKIPPED, CheckResult
-from mmmamba_cli.verification.teacher_processor import TeacherProcessor, messages_of
 
 TOKENIZER, SPECIAL_TOKENS, TEMPLATE = "tokenizer", "special tokens", "chat template"
 ONE_PICTURE, TWO_PICTURES, UNEQUAL_ROWS = (
@@ -114,9 +114,7 @@ def _other_ids(tokenizer: Any, config: Any) -> str:
     return "".join(notes)
 
 
-def check_chat_template(
-    opened: TeacherProcessor, config: Any, generation_config: Any
-) -> CheckResult:
+def check_chat_template(opened: ProcessorParts, config: Any, generation_config: Any) -> CheckResult:
     """The template renders a conversation, pictures included, with tokens that the model has."""
     if opened.template is None:
         return CheckResult(TEMPLATE, SKIPPED, "there is no chat template")
@@ -150,22 +148,20 @@ def check_chat_template(
     )
 
 
-def _answer(opened: TeacherProcessor) -> dict[str, Any]:
+def _answer(opened: ProcessorParts) -> dict[str, Any]:
     if opened.processor is None:
         return {"role": "assistant", "content": ANSWER}
     return {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}
 
 
-def _render(
-    opened: TeacherProcessor, messages: Sequence[Any], *, add_generation_prompt: bool
-) -> str:
+def _render(opened: ProcessorParts, messages: Sequence[Any], *, add_generation_prompt: bool) -> str:
     text: str = opened.render(
         list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
     )
     return text
 
 
-def _image_problem(opened: TeacherProcessor, prompt: str) -> list[str]:
+def _image_problem(opened: ProcessorParts, prompt: str) -> list[str]:
     """What is wrong with a prompt about one picture; nothing for a language model."""
     if opened.processor is None:
         return []

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmmamba_cli.architecture import mixer_spec, mixer_specs
 from mmmamba_cli.teachers import StudentPlan, anatomy_of, convert, mixers_of, student_config
 from mmmamba_cli.teachers.auto_class import register_model, turns_heads
-from mmmamba_cli.teachers.plan import ATTENTION_MIXER
+from mmmamba_cli.teachers.mixer_plan import ATTENTION_MIXER
 from mmmamba_cli.verification.comparison import (
     Rounding,
     check_rounding,

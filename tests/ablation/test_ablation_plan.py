@@ -9,7 +9,7 @@ import pytest
 from ablation_plans import WritePlan
 
 from mmmamba_cli.ablation import expand, load_plan
-from mmmamba_cli.ablation.cells import select, shared_trunks
+from mmmamba_cli.ablation.cells import find_shared_stages, select
 from mmmamba_cli.architecture import parameter_shapes
 from mmmamba_cli.checkpoint import open_checkpoint
 from mmmamba_cli.distill.student_layers import holistic_layers
@@ -96,17 +96,17 @@ def test_stages_that_arms_have_in_common_are_shared(write_plan: WritePlan) -> No
         {"name": "workers", "set": {"data.workers": 3}},
     ]
     cells = expand(load_plan(write_plan({"arms": arms, "seeds": [0, 1]})))
-    trunks = {name: [trunk.stages for trunk in path] for name, path in shared_trunks(cells).items()}
+    paths = find_shared_stages(cells)
+    stages = {name: [shared.stages for shared in path] for name, path in paths.items()}
     one, two, three = ("stage1",), ("stage1", "stage2"), ("stage1", "stage2", "stage3")
     for seed in (0, 1):
         # `workers` changes no weights, so that it shares stage 3 with `linear`.
-        assert trunks[f"linear-seed{seed}"] == [one, two, three]
-        assert trunks[f"workers-seed{seed}"] == [one, two, three]
-        assert trunks[f"hybrid-seed{seed}"] == [one, two]
-        assert trunks[f"early-seed{seed}"] == [one, two]
-        assert trunks[f"first-seed{seed}"] == [one]
-        assert trunks[f"other-seed{seed}"] == []
-    paths = shared_trunks(cells)
+        assert stages[f"linear-seed{seed}"] == [one, two, three]
+        assert stages[f"workers-seed{seed}"] == [one, two, three]
+        assert stages[f"hybrid-seed{seed}"] == [one, two]
+        assert stages[f"early-seed{seed}"] == [one, two]
+        assert stages[f"first-seed{seed}"] == [one]
+        assert stages[f"other-seed{seed}"] == []
     assert paths["linear-seed0"][0].digest != paths["linear-seed1"][0].digest
 
 

@@ -13,7 +13,7 @@ from ablation_plans import WritePlan
 
 from mmmamba_cli.ablation import Cell, CellRecord, expand, load_plan, unit_queue
 from mmmamba_cli.ablation.cell_record import StageRecord, Timing, write_record
-from mmmamba_cli.ablation.cells import Trunk
+from mmmamba_cli.ablation.cells import SharedStages
 from mmmamba_cli.ablation.estimates import Estimate, Estimator
 from mmmamba_cli.ablation.plan_progress import Unit, find_progress
 from mmmamba_cli.ablation.runner import Outcome, RunnerEvents, UnitEnd, run_plan
@@ -44,8 +44,10 @@ class FakePool:
     def running(self) -> Sequence[Unit]:
         return [unit for _, unit in self.units]
 
-    def start(self, unit: Unit, parent: Trunk | None, deadline: float | None, sharing: int) -> None:
-        name = "+".join(unit.stages) if isinstance(unit, Trunk) else unit.name
+    def start(
+        self, unit: Unit, parent: SharedStages | None, deadline: float | None, sharing: int
+    ) -> None:
+        name = "+".join(unit.stages) if isinstance(unit, SharedStages) else unit.name
         self.started.append(name)
         self.deadline = deadline
         assert unit.recipe is not None
@@ -57,7 +59,7 @@ class FakePool:
     def wait(self) -> list[UnitEnd]:
         for pair in self.units:
             beside = len(self.units) - 1
-            name = "+".join(pair[1].stages) if isinstance(pair[1], Trunk) else pair[1].name
+            name = "+".join(pair[1].stages) if isinstance(pair[1], SharedStages) else pair[1].name
             if beside > self.tolerates.get(name, beside):
                 self.units.remove(pair)
                 return [UnitEnd(pair[1], "out of memory", "step 0: no memory. More of it", beside)]
@@ -213,13 +215,13 @@ def test_cells_wait_for_the_stages_that_they_share(
     pool = FakePool(tmp_path / "out", seconds=1)
     outcome = run(file, pool, monkeypatch, 10_000, jobs=2)
     shared = "stage1+stage2"
-    # Both trunks run side by side, and no cell begins before its own has ended.
+    # Both shared stages run side by side, and no cell begins before its own has ended.
     assert pool.started[:2] == [shared, shared]
     assert pool.started.count(shared) == 2
     assert sorted(outcome.finished) == sorted(pool.started[2:])
     assert len(outcome.finished) == 6
     assert outcome.left == []
-    # A cell of each seed is the trunk's only difference to its product.
+    # A cell of each seed is the shared stages' only difference to its product.
     assert outcome.trained and set(outcome.trained).isdisjoint(outcome.finished)
 
 

@@ -68,12 +68,12 @@ def test_a_short_training_for_each_layer(work: Path, hybridize: Any, seeded: Pat
 
 
 def test_answers_are_scored_without_a_kl_stage(work: Path, hybridize: Any) -> None:
-    """The product of a trunk of `ablate` has a recipe of stages 1 and 2 only."""
+    """The product of shared stages of `ablate` has a recipe of stages 1 and 2 only."""
     manifest = work / "run/products/seed/manifest.json"
     record = json.loads(manifest.read_text())
     recipe = parse_recipe(record["recipe"], "recipe")
-    trunk = recipe.model_copy(update={"stages": recipe.stages[:2]})
-    manifest.write_text(json.dumps(record | {"recipe": dump_recipe(trunk)}))
+    shared = recipe.model_copy(update={"stages": recipe.stages[:2]})
+    manifest.write_text(json.dumps(record | {"recipe": dump_recipe(shared)}))
     done = hybridize("--attn-layers", "2", "--select", "kl-zero", "--dry-run")
     assert "kl-zero: fall of KL, nats per answer token" in done.stdout
     (file,) = scores_files(work)

@@ -14,18 +14,18 @@ from teacher_templates import LLAMA3, QWEN_VL
 from verification_teachers import edit_json
 
 from mmmamba_cli.verification import CheckResult, processor_checks
+from mmmamba_cli.verification.processor_parts import ProcessorParts, open_processor_parts
 from mmmamba_cli.verification.prompts import Inputs, Row
-from mmmamba_cli.verification.teacher_processor import TeacherProcessor, open_teacher_processor
 
 Folders = Callable[[str], Path]
 
 
-def opened_of(family: str) -> TeacherProcessor:
+def opened_of(family: str) -> ProcessorParts:
     teacher = FAMILIES[family]
-    return TeacherProcessor(teacher.tokenizer, teacher.processor if teacher.pictures else None)
+    return ProcessorParts(teacher.tokenizer, teacher.processor if teacher.pictures else None)
 
 
-def template_result(opened: TeacherProcessor, family: str) -> CheckResult:
+def template_result(opened: ProcessorParts, family: str) -> CheckResult:
     return processor_checks.check_chat_template(opened, FAMILIES[family].config(), None)
 
 
@@ -60,7 +60,7 @@ def test_a_template_of_another_family_ends_answers_otherwise() -> None:
         return tokenizer.apply_chat_template(conversation, chat_template=LLAMA3, **options)
 
     other = Replacing(tokenizer, apply_chat_template=render)
-    found = template_result(TeacherProcessor(other, None), "qwen3")
+    found = template_result(ProcessorParts(other, None), "qwen3")
     assert found.status == "different"
     assert "it ends an answer with '<', not with a stop token (<|im_end|>)" in found.detail
     assert "<|eot_id|>, <|start_header_id|> are ordinary text" in found.detail
@@ -74,7 +74,7 @@ def test_a_template_without_placeholders_of_pictures_is_found() -> None:
         return processor.apply_chat_template(conversation, chat_template=without, **options)
 
     other = Replacing(processor, apply_chat_template=render)
-    found = template_result(TeacherProcessor(processor.tokenizer, other), "qwen3_vl")
+    found = template_result(ProcessorParts(processor.tokenizer, other), "qwen3_vl")
     assert (found.status, found.detail) == (
         "different",
         "it writes 0 times <|image_pad|> for one picture",
@@ -83,7 +83,7 @@ def test_a_template_without_placeholders_of_pictures_is_found() -> None:
 
 def test_without_a_template_the_check_is_skipped_and_text_is_bare() -> None:
     tokenizer = FAMILIES["qwen3"].tokenizer
-    bare = TeacherProcessor(Replacing(tokenizer, chat_template=None), None)
+    bare = ProcessorParts(Replacing(tokenizer, chat_template=None), None)
     assert template_result(bare, "qwen3").status == "skipped"
     ids = bare.encoder(use_template=False)([Row("How many?")])["input_ids"]
     assert tokenizer.decode(ids[0]) == "How many?"
@@ -98,7 +98,7 @@ def test_a_processor_may_leave_the_template_to_its_tokenizer() -> None:
         return processor.apply_chat_template(conversation, **options)
 
     other = Replacing(processor, chat_template=None, apply_chat_template=render)
-    opened = TeacherProcessor(processor.tokenizer, other)
+    opened = ProcessorParts(processor.tokenizer, other)
     assert template_result(opened, "qwen3_vl").status == "ok"
     assert seen["chat_template"] == processor.tokenizer.chat_template
 
@@ -204,17 +204,17 @@ def test_faults_of_a_processor(fault: Any, name: str, words: str) -> None:
 def test_files_that_are_missing_or_damaged(copied: Folders) -> None:
     folder = copied("gemma3")
     (folder / "processor_config.json").write_text("{")
-    damaged = open_teacher_processor(folder, takes_pictures=True)
+    damaged = open_processor_parts(folder, takes_pictures=True)
     assert damaged.is_damaged and damaged.tokenizer is not None
     assert str(damaged.processor_problem).startswith("the processor cannot be opened: ")
     (folder / "processor_config.json").unlink()
-    missing = open_teacher_processor(folder, takes_pictures=True)
+    missing = open_processor_parts(folder, takes_pictures=True)
     assert not missing.is_damaged
     assert "neither processor_config.json nor preprocessor_config.json" in str(
         missing.processor_problem
     )
     (folder / "tokenizer.json").write_text("{}")
-    broken = open_teacher_processor(folder, takes_pictures=True)
+    broken = open_processor_parts(folder, takes_pictures=True)
     assert broken.is_damaged and broken.tokenizer is None
     assert str(broken.tokenizer_problem).startswith("the tokenizer cannot be opened: ")
 
@@ -222,7 +222,7 @@ def test_files_that_are_missing_or_damaged(copied: Folders) -> None:
 def test_a_tokenizer_without_padding_pads_with_its_end(copied: Folders) -> None:
     folder = copied("qwen3")
     edit_json(folder / "tokenizer_config.json", pad_token=None, padding_side="right")
-    opened = open_teacher_processor(folder, takes_pictures=False)
+    opened = open_processor_parts(folder, takes_pictures=False)
     assert opened.tokenizer.pad_token == opened.tokenizer.eos_token
     batch = opened.encoder(use_template=True)([Row("a"), Row("a longer one")])
     assert torch.equal(batch["attention_mask"][:, -1], torch.ones(2))

@@ -1,6 +1,6 @@
 """What long rows take in training, and what a row divided over GPUs would send, from shapes.
 
-    python benchmarks/sequence_bytes.py [--out FILE]
+    python benchmarks/activation_and_communication_bytes.py [--out FILE]
 
 HoVLE-2.6B's shapes, one row, bf16. Nothing is measured: memory is the estimate of `mmmamba distill
 --dry-run`, and the rest is counted. "Ring" is ring attention (Liu et al., arXiv 2310.01889): blocks
@@ -123,7 +123,9 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
         }
     result = {
         "what": "training on long rows, HoVLE-2.6B shapes, one row: estimates and counts",
-        "command": " ".join(["python", "benchmarks/sequence_bytes.py", *sys.argv[1:]]),
+        "command": " ".join(
+            ["python", "benchmarks/activation_and_communication_bytes.py", *sys.argv[1:]]
+        ),
         "date": time.strftime("%Y-%m-%d"),
         "device": "none: computed from shapes",
         "layers": layers,

@@ -24,7 +24,7 @@ MISSING_PACKAGE = re.compile(
 
 
 @dataclass(frozen=True)
-class TeacherProcessor:
+class ProcessorParts:
     """What encodes a teacher's prompts, and why a part is not there.
 
     Attributes:
@@ -63,7 +63,7 @@ class TeacherProcessor:
         return _template_encoder(self) if use_template else _text_encoder(self)
 
 
-def open_teacher_processor(folder: Path, takes_pictures: bool) -> TeacherProcessor:
+def open_processor_parts(folder: Path, takes_pictures: bool) -> ProcessorParts:
     """Open the tokenizer of a folder, and its processor if the model takes pictures.
 
     A tokenizer without a padding token pads with its end token; padding is on the left. Code of the
@@ -71,27 +71,27 @@ def open_teacher_processor(folder: Path, takes_pictures: bool) -> TeacherProcess
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         missing = f"there is no tokenizer in {folder}"
-        return TeacherProcessor(None, None, missing, missing)
+        return ProcessorParts(None, None, missing, missing)
     try:
         with quiet_loading():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         _padding_left(tokenizer)
     except Exception as error:  # noqa: BLE001  tokenizers raises plain `Exception`
         problem, is_damaged = _load_problem("tokenizer", error)
-        return TeacherProcessor(None, None, problem, "there is no tokenizer", is_damaged)
+        return ProcessorParts(None, None, problem, "there is no tokenizer", is_damaged)
     if not takes_pictures:
-        return TeacherProcessor(tokenizer, None, None, "the model takes no pictures")
+        return ProcessorParts(tokenizer, None, None, "the model takes no pictures")
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         problem = f"there is neither {' nor '.join(PROCESSOR_FILES)} in {folder}"
-        return TeacherProcessor(tokenizer, None, None, problem)
+        return ProcessorParts(tokenizer, None, None, problem)
     try:
         with quiet_loading():
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         _padding_left(processor.tokenizer)
     except Exception as error:  # noqa: BLE001  processors of any family raise anything
         problem, is_damaged = _load_problem("processor", error)
-        return TeacherProcessor(tokenizer, None, None, problem, is_damaged)
-    return TeacherProcessor(tokenizer, processor)
+        return ProcessorParts(tokenizer, None, None, problem, is_damaged)
+    return ProcessorParts(tokenizer, processor)
 
 
 def _padding_left(tokenizer: Any) -> None:
@@ -110,7 +110,7 @@ def _load_problem(what: str, error: Exception) -> tuple[str, bool]:
     return f"the {what} cannot be opened: {describe_exception(error)}", True
 
 
-def _template_encoder(opened: TeacherProcessor) -> Encode:
+def _template_encoder(opened: ProcessorParts) -> Encode:
     batch = {"padding": True, "return_tensors": "pt"}
 
     def encode(rows: Sequence[Row]) -> Inputs:
@@ -127,7 +127,7 @@ def _template_encoder(opened: TeacherProcessor) -> Encode:
     return encode
 
 
-def _text_encoder(opened: TeacherProcessor) -> Encode:
+def _text_encoder(opened: ProcessorParts) -> Encode:
     def encode(rows: Sequence[Row]) -> Inputs:
         options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
         if opened.processor is None:
@@ -140,7 +140,7 @@ def _text_encoder(opened: TeacherProcessor) -> Encode:
     return encode
 
 
-def messages_of(opened: TeacherProcessor, row: Row) -> list[dict[str, Any]]:
+def messages_of(opened: ProcessorParts, row: Row) -> list[dict[str, Any]]:
     """The conversation of a row; templates of language models take plain strings."""
     if opened.processor is None:
         return [{"role": "user", "content": row.words}]
