@@ -28,7 +28,6 @@ import argparse
 import gc
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -47,12 +46,11 @@ from random_stages import (
     StageSetup,
     StepProfiler,
     attempt,
-    environment,
     micro_batch_rows,
     parse_micro_rows,
-    write_result,
     write_texts,
 )
+from result_file import ResultFile
 
 from mmmamba_cli.distill.trainer import StepResult, TrainingJob, train
 from mmmamba_cli.distill.training_state import Progress
@@ -212,37 +210,26 @@ def release_memory(device: torch.device) -> None:
 def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     given = parse(words)
     deadline = time.monotonic() + 60 * given.minutes
-    result: dict[str, Any] = {}
-    if given.out is not None and given.out.is_file():
-        result = json.loads(given.out.read_text())
-    done = result.setdefault("parts", {})
     with join_world(given.device) as world, tempfile.TemporaryDirectory() as work:
-        result |= {
-            "what": "distillation of Qwen3-VL and HoVLE-2.6B, random weights",
-            **environment(world.device),
-        }
+        what = "distillation of Qwen3-VL and HoVLE-2.6B, random weights"
+        file = ResultFile(given.out, "parts", what, world.device)
         if world.device.type == "cuda":
             total = torch.cuda.get_device_properties(world.device).total_memory
-            result["device_gib"] = round(total / GIB, 2)
-        result["commands"] = sorted({*result.get("commands", []), result.pop("command")})
-        for part in parts_of(given.only):
-            # One row a micro batch, as in older files, has no suffix.
-            name = part.name + (f"-micro-{given.micro_rows}" if given.micro_rows != 1 else "")
-            if name in done and not given.again:
-                continue
-            if time.monotonic() > deadline:
-                print(f"no time left for {name}", file=sys.stderr)
-                continue
-            found = run_part(given, part, Path(work), world, deadline)
+            file.result["device_gib"] = round(total / GIB, 2)
+        # One row a micro batch, as in older files, has no suffix.
+        suffix = f"-micro-{given.micro_rows}" if given.micro_rows != 1 else ""
+        parts = {part.name + suffix: part for part in parts_of(given.only)}
+        sizes = {"rows": given.rows, "length": given.length}
+        for name in file.missing(
+            parts, again=given.again, is_late=lambda: time.monotonic() > deadline
+        ):
+            found = run_part(given, parts[name], Path(work), world, deadline)
             release_memory(world.device)
-            if found is None:
-                continue
-            sizes = {"rows": given.rows, "length": given.length}
-            done[name] = {**asdict(part), **sizes, **found}
-            print(json.dumps({name: found}), file=sys.stderr, flush=True)
-            write_result(given.out, result)
-    print(json.dumps(result, indent=2))
-    return result
+            if found is not None:
+                file.add(name, {**asdict(parts[name]), **sizes, **found})
+                file.write()
+    print(json.dumps(file.result, indent=2))
+    return file.result
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:

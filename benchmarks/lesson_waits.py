@@ -30,7 +30,8 @@ from unittest import mock
 
 import torch
 import yaml
-from random_stages import WaitMeter, environment, write_result
+from random_stages import WaitMeter
+from result_file import ResultFile
 
 from mmmamba_cli.checkpoint import open_checkpoint
 from mmmamba_cli.distill import trainer
@@ -63,37 +64,28 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     plan = yaml.safe_load(PLAN.read_text(encoding="utf-8"))
     sets = {"data.train": plan["data"], "data.held_out": None, **(TINY if given.tiny else {})}
     recipe = load_recipe(plan["recipe"], (), sets)
-    result: dict[str, Any] = {}
-    if given.out is not None and given.out.is_file():
-        result = json.loads(given.out.read_text())
-    done = result.setdefault("by_workers", {})
     with join_world(given.device) as world, tempfile.TemporaryDirectory() as work:
-        result |= {
-            "what": "share of the wall time of steps that training waits for drawn lessons",
-            **environment(world.device),
+        what = "share of the wall time of steps that training waits for drawn lessons"
+        file = ResultFile(given.out, "by_workers", what, world.device)
+        file.result |= {
             "cores": len(os.sched_getaffinity(0)),
             "teacher": plan["teacher"],
             "recipe": plan["recipe"],
             "stage": given.stage,
             "data": recipe.data.train,
         }
-        result["commands"] = sorted({*result.get("commands", []), result.pop("command")})
         run = Run(Path(work) / "run")
         # The student's values do not change how long a step takes.
         seed_student(run, open_checkpoint(plan["teacher"]), recipe, dtype=torch.bfloat16)
-        for workers in map(int, given.workers.split(",")):
-            if str(workers) in done and not given.again:
-                continue
-            if time.monotonic() > deadline:
-                print(f"no time left for {workers} workers", file=sys.stderr)
-                continue
-            found = measure(given, recipe, run, workers, world, deadline)
+        for workers in file.missing(
+            given.workers.split(","), again=given.again, is_late=lambda: time.monotonic() > deadline
+        ):
+            found = measure(given, recipe, run, int(workers), world, deadline)
             if found is not None:
-                done[str(workers)] = found
-                print(json.dumps({f"{workers} workers": found}), file=sys.stderr, flush=True)
-                write_result(given.out, result)
-    print(json.dumps(result, indent=2))
-    return result
+                file.add(workers, found)
+                file.write()
+    print(json.dumps(file.result, indent=2))
+    return file.result
 
 
 def make_job(

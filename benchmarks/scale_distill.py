@@ -47,14 +47,13 @@ from random_stages import (
     StepProfiler,
     WaitMeter,
     attempt,
-    environment,
     make_job,
     micro_batch_rows,
     parse_micro_rows,
     timed_steps,
-    write_result,
     write_texts,
 )
+from result_file import ResultFile
 from scale_picture import draw
 from torch import Tensor
 
@@ -303,37 +302,25 @@ def difference(first: Sequence[float], second: Sequence[float]) -> float:
 def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     given = parse(words)
     counts = [int(number) for number in given.gpus.split(",")]
-    result = read(given.out)
     deadline = time.time() + 60 * given.minutes
-    result |= {
-        "what": "distillation by number of GPUs, HoVLE-2.6B shapes, random weights and texts",
-        **environment(pick_device(given.device)),
-    }
-    # Several calls fill one file.
-    result["commands"] = sorted({*result.get("commands", []), result.pop("command")})
+    what = "distillation by number of GPUs, HoVLE-2.6B shapes, random weights and texts"
+    key = "killed" if given.kill else "parts"
+    file = ResultFile(given.out, key, what, pick_device(given.device))
     with tempfile.TemporaryDirectory() as work:
-        for part in [] if given.eval else parts_of(given, counts):
-            kind = "killed" if given.kill else "parts"
-            done = result.setdefault(kind, {})
-            if part.name in done and not given.again:
-                continue
-            if time.time() > deadline:
-                print(f"no time left for {part.name}", file=sys.stderr)
-                continue
-            found = attempt(part.name, partial(run_part, given, part, Path(work), deadline))
-            if found is None:
-                continue
-            done[part.name] = {**asdict(part), "length": given.length, **found}
-            print(json.dumps({part.name: found}), file=sys.stderr, flush=True)
-            result["ratios"] = ratios(result.get("parts", {}))
-            write_result(given.out, result)
         if given.eval:
-            result["eval"] = evaluate(given, counts, Path(work))
-            write_result(given.out, result)
+            file.result["eval"] = evaluate(given, counts, Path(work))
+            file.write()
+        parts = {} if given.eval else {part.name: part for part in parts_of(given, counts)}
+        for name in file.missing(parts, again=given.again, is_late=lambda: time.time() > deadline):
+            found = attempt(name, partial(run_part, given, parts[name], Path(work), deadline))
+            if found is not None:
+                file.add(name, {**asdict(parts[name]), "length": given.length, **found})
+                file.result["ratios"] = ratios(file.result.get("parts", {}))
+                file.write()
     if given.picture is not None:
-        draw(result, given.picture)
-    print(json.dumps(result, indent=2))
-    return result
+        draw(file.result, given.picture)
+    print(json.dumps(file.result, indent=2))
+    return file.result
 
 
 def parts_of(given: argparse.Namespace, counts: Sequence[int]) -> list[Part]:
@@ -353,13 +340,6 @@ def parts_of(given: argparse.Namespace, counts: Sequence[int]) -> list[Part]:
 
 def numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",") if number]
-
-
-def read(file: Path | None) -> dict[str, Any]:
-    if file is None or not file.is_file():
-        return {}
-    found: dict[str, Any] = json.loads(file.read_text())
-    return found
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
