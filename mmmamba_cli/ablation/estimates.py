@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -11,7 +11,7 @@ from statistics import median
 from mmmamba_cli.ablation.cell_record import CellRecord
 from mmmamba_cli.ablation.cells import Cell, SharedStages
 from mmmamba_cli.ablation.plan import Hints, SuiteUse
-from mmmamba_cli.ablation.run_folders import RunState, num_answers, read_run_state
+from mmmamba_cli.ablation.run_folders import RunState, read_run_state
 
 # Everything in a cell but steps and suites.
 OTHER = "other"
@@ -77,8 +77,8 @@ class Estimator:
         self._hints, self._work, self._jobs = hints, work, jobs
         self._device: str | None = None
         self._steps, self._suites, self._other = _Measured(), _Measured(), _Measured()
-        # Seconds of a step of unfinished runs by folder and stage.
-        self._unfinished: dict[str, Mapping[str, float]] = {}
+        # The runs as they stood before they were started, or when they ended.
+        self._runs: dict[str, RunState] = {}
         # Labels of the suites that finished cells have answers to.
         self._answered: dict[str, set[str]] = {}
         # Questions asked of each suite.
@@ -110,8 +110,8 @@ class Estimator:
             self._suites.add(record.arm, label, timing.jobs, seconds)
 
     def read_run(self, unit: Cell | SharedStages) -> None:
-        """Read the seconds of the steps that an unfinished cell or shared stages have done."""
-        self._unfinished[unit.folder] = read_run_state(self._work / unit.folder).step_seconds
+        """Read how far the run of a unit has come, which must not be running."""
+        self._runs[unit.folder] = read_run_state(self._work / unit.folder)
 
     def estimate(self, unit: Cell | SharedStages, shared: tuple[str, ...] = ()) -> Estimate | None:
         """The seconds until a cell or shared stages are done, from where the run is, or None.
@@ -136,7 +136,7 @@ class Estimator:
     ) -> list[float | None]:
         """Seconds of each stage that is left, without the steps that are saved."""
         assert unit.recipe is not None
-        state = read_run_state(self._work / unit.folder)
+        state = self._state(unit)
         done = max(state.done, shared, key=len)
         found: list[float | None] = []
         for stage in unit.recipe.stages:
@@ -148,13 +148,19 @@ class Estimator:
         return found
 
     def _step(self, arm: str | None, stage: str, state: RunState) -> float | None:
-        others = [rates[stage] for rates in self._unfinished.values() if stage in rates]
+        runs = [run.step_seconds for run in self._runs.values()]
+        others = [rates[stage] for rates in runs if stage in rates]
         return _first(
             state.step_seconds.get(stage),
             self._steps.value(arm, stage, self._jobs),
             median(others) if others else None,
             self._hints.step.get(stage),
         )
+
+    def _state(self, unit: Cell | SharedStages) -> RunState:
+        if unit.folder not in self._runs:
+            self.read_run(unit)
+        return self._runs[unit.folder]
 
     def _suite(self, cell: Cell, use: SuiteUse) -> float | None:
         """Seconds of a suite, without those of the answers that are kept."""
@@ -164,7 +170,7 @@ class Estimator:
         asked = self._asked.get(use.title)
         if seconds is None or not asked:
             return seconds
-        kept = num_answers(self._work / cell.folder, use.title)
+        kept = self._state(cell).answers.get(use.title, 0)
         return seconds * max(0.0, 1 - kept / asked)
 
 

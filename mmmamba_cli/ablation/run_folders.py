@@ -75,22 +75,28 @@ def has_product(folder: Path, name: str, content_hash: str) -> bool:
 
 @dataclass(frozen=True)
 class RunState:
-    """Where the training of a run stands: stages done, and by stage what is measured of it.
+    """Where a run stands: stages done, and what is measured and kept of the others.
 
     `saved_steps` are those of the newest state of a stage that is not done, `step_seconds` the
-    seconds of a step, evaluations excluded.
+    seconds of a step, evaluations excluded, `answers` the number of kept answers to each suite.
     """
 
     done: tuple[str, ...] = ()
     saved_steps: Mapping[str, int] = field(default_factory=dict)
     step_seconds: Mapping[str, float] = field(default_factory=dict)
+    answers: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_run_state(folder: Path) -> RunState:
-    """Read how far the training of a run has come, and how long its steps took."""
+    """Read how far a run has come, and how long its steps took.
+
+    No process of this runner may write to it meanwhile.
+    """
     run = Run(folder)
+    # The teacher's cell has answers only.
+    answers = {path.name: num_answers(folder, path.name) for path in (folder / EVALS).glob("*")}
     if not run.exists:
-        return RunState()
+        return RunState(answers=answers)
     done = run.product(run.record.current).stages
     saved: dict[str, int] = {}
     seconds: dict[str, float] = {}
@@ -98,13 +104,17 @@ def read_run_state(folder: Path) -> RunState:
         if product.made_by == "distill":
             _add_rate(seconds, product.stages[-1], product.metrics)
     for file in sorted((folder / TRAINING).glob(f"*/step-*/{STATE_FILE}")):
-        state = json.loads(file.read_text(encoding="utf-8-sig"))
+        try:
+            state = json.loads(file.read_text(encoding="utf-8-sig"))
+        except FileNotFoundError:
+            # A process of a killed runner has saved a newer state.
+            continue
         stage = state["settings"]["stage"]["name"]
         # The states of a stage that was done in a killed process may still be there.
         if stage not in done:
             saved[stage] = state["progress"]["step"]
             _add_rate(seconds, stage, state["progress"])
-    return RunState(done, saved, seconds)
+    return RunState(done, saved, seconds, answers)
 
 
 def _add_rate(seconds: dict[str, float], stage: str, progress: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,18 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(write_plan: WritePla
     assert done(file, "--overwrite")["finished"] == ["broken-seed0", "also-seed0"]
 
 
-def test_a_cell_that_no_limit_allows_is_saved_and_gone_on_with(write_plan: WritePlan) -> None:
+def without_states(read_text: Callable[..., str]) -> Callable[..., str]:
+    def read(path: Path, *given: Any, **named: Any) -> str:
+        if path.name == "state.json":
+            raise FileNotFoundError(path)
+        return read_text(path, *given, **named)
+
+    return read
+
+
+def test_a_cell_that_no_limit_allows_is_saved_and_gone_on_with(
+    write_plan: WritePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arms = [{"name": "endless", "stages": ["stage1"], "set": {"stages.stage1.steps": 10000}}]
     estimates = {"step": {"stage1": 10}, "cell": 1}
     file = write_plan({"base": "endless", "arms": arms, "estimates": estimates, "suites": []})
@@ -140,6 +152,11 @@ def test_a_cell_that_no_limit_allows_is_saved_and_gone_on_with(write_plan: Write
     seconds = json.loads((state / "state.json").read_text())["progress"]["seconds"]
     (row,) = done(file, "--dry-run")["cells"]
     assert row["seconds"] == pytest.approx(1 + (10000 - first) * seconds / first)
+    # A process of a killed runner may remove a state that was just found.
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", without_states(Path.read_text))
+        (row,) = done(file, "--dry-run")["cells"]
+    assert row["seconds"] == 1 + 10000 * 10
     done(file, "--minutes", 0.02)
     (state,) = work.glob("training/stage1/step-*")
     assert int(state.name.removeprefix("step-")) > first

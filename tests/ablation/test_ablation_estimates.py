@@ -67,18 +67,26 @@ def set_runs(monkeypatch: pytest.MonkeyPatch, states: dict[str, RunState]) -> No
     monkeypatch.setattr(estimates_module, "read_run_state", read)
 
 
+@pytest.mark.parametrize(
+    ("state", "shared", "expected"),
+    [
+        (RunState(), (), Estimate(200 * 5 + 60, 7)),
+        (RunState(saved_steps={"stage1": 150, "stage2": 9}), (), Estimate(50 * 5 + 60, 7)),
+        (RunState(done=("stage1",)), (), Estimate(60, 7)),
+        (RunState(), ("stage1",), Estimate(60, 7)),
+    ],
+)
 def test_saved_steps_are_subtracted(
-    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    state: RunState,
+    shared: tuple[str, ...],
+    expected: Estimate,
+    plan: Plan,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    two = cells_of(plan)["two"]
+    set_runs(monkeypatch, {"two-seed0": state})
     estimator = Estimator(plan.estimates, work=tmp_path)
-    assert estimator.estimate(two) == Estimate(200 * 5 + 60, 7)
-    set_runs(monkeypatch, {"two-seed0": RunState(saved_steps={"stage1": 150, "stage2": 9})})
-    assert estimator.estimate(two) == Estimate(50 * 5 + 60, 7)
-    set_runs(monkeypatch, {"two-seed0": RunState(done=("stage1",))})
-    assert estimator.estimate(two) == Estimate(60, 7)
-    set_runs(monkeypatch, {})
-    assert estimator.estimate(two, shared=("stage1",)) == Estimate(60, 7)
+    assert estimator.estimate(cells_of(plan)["two"], shared) == expected
 
 
 def test_kept_answers_are_subtracted(plan: Plan, tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 from ablation_plans import WritePlan
 
-from mmmamba_cli.ablation import Cell, CellRecord, expand, load_plan, unit_queue
+from mmmamba_cli.ablation import Cell, CellRecord, estimates, expand, load_plan, unit_queue
 from mmmamba_cli.ablation.cell_record import StageRecord, Timing, write_record
 from mmmamba_cli.ablation.cells import SharedStages
 from mmmamba_cli.ablation.estimates import Estimate, Estimator
 from mmmamba_cli.ablation.plan_progress import Unit, find_progress
+from mmmamba_cli.ablation.run_folders import RunState
 from mmmamba_cli.ablation.runner import Outcome, RunnerEvents, UnitEnd, run_plan
 from mmmamba_cli.ablation.unit_queue import TimeLimit, UnitQueue, is_worth_beginning
 
@@ -206,6 +207,26 @@ def test_a_call_begins_one_cell_however_long_it_is(
     outcome = run(file, pool, monkeypatch, 110, jobs=2)
     assert pool.started == ["one-seed0"]
     assert outcome.too_long == ["two-seed0"]
+
+
+def test_runs_are_not_read_while_they_are_written(
+    write_plan: WritePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process may remove a file between the look at the folder and the reading."""
+    pool = FakePool(tmp_path / "out", seconds=1)
+    read: list[str] = []
+
+    def read_run_state(folder: Path) -> RunState:
+        assert folder.name not in [unit.folder for unit in pool.running]
+        read.append(folder.name)
+        return RunState()
+
+    monkeypatch.setattr(estimates, "read_run_state", read_run_state)
+    outcome = run(write_plan({"suites": [], "seeds": [0, 1]}), pool, monkeypatch, 10_000, jobs=3)
+    assert len(outcome.finished) == 6
+    # Before the first unit, and at the end of each: 6 cells and the stages shared in each seed.
+    assert sorted(read) == sorted(2 * list(dict.fromkeys(read)))
+    assert len(read) == 2 * 8
 
 
 def test_cells_wait_for_the_stages_that_they_share(
