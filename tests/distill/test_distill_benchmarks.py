@@ -10,7 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked_launcher
 import pytest
+from preloaded_process import PreloadedProcess
+
+from mmmamba_cli.distributed import launcher
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = ["--tiny", "--length", "32", "--device", "cpu"]
@@ -50,29 +54,36 @@ def test_budget_of_a_stage(benchmarks: None, tmp_path: Path) -> None:
     pytest.fail(f"no step in which the forward and backward passes take longest: {host}")
 
 
+def scale_with_forks() -> None:
+    """`scale_distill.py` whose processes are forks: a spawned one imports for several seconds."""
+    sys.path.insert(0, str(BENCHMARKS))
+    import scale_distill
+
+    launcher.start_processes = forked_launcher.start_processes  # type: ignore[assignment]
+    scale_distill.main(sys.argv[1:])
+
+
 def test_two_processes_and_one(
     benchmarks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import scale_distill
 
-    start = scale_distill.launch
-    launched: list[int] = []
-
-    def launch(work: Any, setup: Any, processes: int) -> Any:
-        launched.append(processes)
-        # A start takes longer than the steps.
-        return work(setup) if processes == 1 else start(work, setup, processes)
-
-    monkeypatch.setattr(scale_distill, "launch", launch)
+    monkeypatch.setattr(scale_distill, "launch", lambda work, setup, processes: work(setup))
     out, picture = tmp_path / "scale.json", tmp_path / "scale.png"
     words = ["--only", "stage2", "--rows", "4", "--steps", "6", "--workers", "0", *TINY]
     words += ["--out", str(out)]
     first = scale_distill.main([*words, "--gpus", "1"])
     assert first["ratios"] == []
-    found = scale_distill.main([*words, "--gpus", "1,2", "--picture", str(picture)])
+    assert json.loads(out.read_text()) == first
     # The part that the file has is not repeated.
-    assert launched == [1, 2]
-    assert json.loads(out.read_text()) == found
+    (name,) = first["parts"]
+    first["parts"][name]["kept"] = True
+    out.write_text(json.dumps(first))
+    words += ["--gpus", "1,2", "--picture", str(picture)]
+    process = PreloadedProcess(scale_with_forks, words, tmp_path / "output")
+    assert process.wait(timeout=300) == 0, process.text()
+    found = json.loads(out.read_text())
+    assert found["parts"][name]["kept"]
     (ratio,) = found["ratios"]
     assert ratio["same_losses"]
     assert (ratio["scaling"], ratio["gpus"], ratio["rows"]) == ("strong", [1, 2], 4)
