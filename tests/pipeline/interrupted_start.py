@@ -1,4 +1,7 @@
-"""`mmmamba` with a Ctrl-C while the processes of `--gpus` are started, or just afterwards."""
+"""`mmmamba` with a Ctrl-C while the processes of `--gpus` are started, or just afterwards.
+
+The first argument is "during" or "after".
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def _spawn(*arguments: Any) -> int:
     return pid
 
 
-if __name__ == "__main__":
+def run() -> None:
     launcher.start_processes = {"after": interrupt_after, "during": interrupt_during}[
         sys.argv.pop(1)
     ]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import forked_launcher
+import interrupted_start
 import pytest
 from preloaded_process import PreloadedProcess, free_port
 from slow_steps import run as distill_with_a_slow_step
@@ -168,10 +169,10 @@ def test_an_interrupt_while_processes_start_prints_no_traceback(
     when: str, work: Path, seeded: Path
 ) -> None:
     """Processes that still unpickle their arguments are killed before their semaphores go."""
-    script = str(Path(__file__).with_name("interrupted_start.py"))
-    result = ended([sys.executable, script, when, *map(str, distill(work, seeded, *STAGE, *TWO))])
-    assert result.returncode == 130, result.stderr
-    assert "Traceback" not in result.stderr
+    words = [when, *map(str, distill(work, seeded, *STAGE, *TWO))]
+    process = PreloadedProcess(interrupted_start.run, words, work / "output")
+    assert process.wait(timeout=120) == 130, process.text()
+    assert "Traceback" not in process.text()
 
 
 def test_a_process_that_is_killed_ends_all(work: Path, seeded: Path) -> None:
