@@ -16,12 +16,12 @@ from small import small_model
 # those of the LM head get several in a micro batch.
 STAGES = {
     "mse": "6:mmmm:mixer-mse:padded:new+qkv",
-    "kl": "6:mmmm:kl:packed:new+qkv",
-    "matrix": "6:gdkm:matrix-orientation:padded:"
+    "kl": "5:mmmm:kl:packed:new+qkv",
+    "matrix": "5:gdkm:matrix-orientation:padded:"
     "*.mixer.[qkd]*_proj.*+*.beta_*+*.mixer.*_bias+*.conv1d.*+*.A_log",
     "head": "6:dwgm:kl:padded:*.mixer.*+*.mlp.*+model.norm.weight+lm_head.*",
-    "hidden": "6:dkgw:hidden-alignment:padded:*.mixer.*+*.mlp.*",
-    "vision": "6:mmmm:kl:padded:*.mixer.*+model.vision.*",
+    "hidden": "5:dkgw:hidden-alignment:padded:*.mixer.*+*.mlp.*",
+    "vision": "5:mmmm:kl:padded:*.mixer.*+model.vision.*",
     "columns": "6:mmmm:kl:columns:new+qkv",
     "gaps": "8:dwkg:mixer-mse:gaps:new+qkv",
 }
