@@ -12,7 +12,7 @@ FLOOR := 5.17.0
 NEWEST := 5.24.0
 MATRIX := tests/model tests/inference tests/processing tests/export tests/pipeline tests/teachers \
 	tests/distill/test_in_place_device_waits.py tests/distill/test_module_overrides.py \
-	tests/distill/test_prepared_calls.py
+	tests/distill/test_call_arguments.py
 
 .PHONY: setup check test test-floor test-newest test-matrix conformance demo smoke format clean \
 	release release-check

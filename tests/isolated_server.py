@@ -59,7 +59,7 @@ def prepare(asked: dict[str, Any]) -> None:
     for descriptor, file in zip((1, 2), asked["outputs"], strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
     sys.argv = ["-c", *asked["words"]]
-    # Also makes PyTorch's thread pool anew after the fork.
+    # This also creates the thread pool of PyTorch, which a fork lacks.
     torch.set_num_threads(asked["threads"])
     if asked["package"] is not None:
         sys.path.insert(0, asked["package"])

@@ -116,7 +116,7 @@ def _run(
     sys.argv = ["mmmamba", *words]
     # As in `no_plots` of the tests of the pipeline.
     stage_runner.plot_losses = lambda folder: None
-    # Makes PyTorch's thread pool anew after the fork, before threads use it side by side.
+    # Creates the thread pool of PyTorch, which a fork lacks, before several threads use it.
     torch.set_num_threads(torch.get_num_threads())
     main()
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from mmmamba_cli.checkpoint import InPlaceCheckpoint
 from mmmamba_cli.checkpoint.in_place_loader import load_in_place_model
 from mmmamba_cli.data import ModelBatch
+from mmmamba_cli.distill.feature_cache import cached_features
 from mmmamba_cli.distill.host_copies import copy_without_wait
-from mmmamba_cli.distill.kept_features import kept_features
 from mmmamba_cli.distill.model_pair import PairPlacement
 from mmmamba_cli.distill.module_overrides import override_modules
 from mmmamba_cli.errors import MmmambaError
@@ -35,7 +35,7 @@ class PreparedCall:
         inputs: keyword arguments of the base model, on its device but for those whose values are
             read.
         on_host: inputs of the batch on the CPU, where reading values waits for no GPU.
-        features: image features of this batch that one model has computed (`kept_features`).
+        features: image features of this batch that one model has computed (`cached_features`).
     """
 
     inputs: Mapping[str, Any]
@@ -139,7 +139,7 @@ class InPlacePair:
 
     def last_hidden(self, model: Any, prepared: PreparedCall) -> Tensor:
         shares = self.shares_pictures
-        with kept_features(model.base_model, prepared.features) if shares else nullcontext():
+        with cached_features(model.base_model, prepared.features) if shares else nullcontext():
             outputs = model.base_model(**prepared.inputs, use_cache=False, return_dict=True)
         hidden: Tensor = outputs.last_hidden_state
         return hidden

@@ -61,8 +61,8 @@ def start(words: list[str], folder: str, place: Any, report: int) -> bool:
     if child:
         _, status = os.waitpid(child, 0)
         return not os.WIFSIGNALED(status)
-    # PyTorch makes its thread pool anew at the first use after a fork. Two writer threads that come
-    # first at once find none: "Invalid thread pool!".
+    # A fork has no thread pool of PyTorch until the first use creates one. Two writer threads whose
+    # first uses coincide may find none: "Invalid thread pool!". This call creates it.
     torch.set_num_threads(1)
     killer = Killer(folder, place, report)
     sys.addaudithook(killer)

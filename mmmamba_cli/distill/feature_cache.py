@@ -1,4 +1,4 @@
-"""Features of pictures that several forward passes of a batch share."""
+"""A cache of image features, which several forward passes of a batch share."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ FEATURE_METHODS = ("get_image_features", "get_video_features")
 
 
 @contextmanager
-def kept_features(base_model: Any, kept: dict[int, tuple[Tensor, Any]]) -> Iterator[None]:
-    """Let `base_model` take the features of pixels from `kept`, and keep those that it computes.
+def cached_features(base_model: Any, cache: dict[int, tuple[Tensor, Any]]) -> Iterator[None]:
+    """Let `base_model` take features from `cache`, and add those that it computes.
 
-    `kept` has the pixels and their features by the id of the pixels.
+    `cache` has pixels and their features by the id of the pixels.
     """
     names = [name for name in FEATURE_METHODS if callable(getattr(base_model, name, None))]
     for name in names:
-        setattr(base_model, name, _keeping(getattr(base_model, name), kept))
+        setattr(base_model, name, _with_cache(getattr(base_model, name), cache))
     try:
         yield
     finally:
@@ -28,12 +28,12 @@ def kept_features(base_model: Any, kept: dict[int, tuple[Tensor, Any]]) -> Itera
             delattr(base_model, name)
 
 
-def _keeping(compute: Callable[..., Any], kept: dict[int, tuple[Tensor, Any]]) -> Any:
+def _with_cache(compute: Callable[..., Any], cache: dict[int, tuple[Tensor, Any]]) -> Any:
     def features(*args: Any, **kwargs: Any) -> Any:
         named = (value for name, value in kwargs.items() if name.startswith("pixel_values"))
         pixels = args[0] if args else next(named)
-        if id(pixels) not in kept:
-            kept[id(pixels)] = (pixels, compute(*args, **kwargs))
-        return kept[id(pixels)][1]
+        if id(pixels) not in cache:
+            cache[id(pixels)] = (pixels, compute(*args, **kwargs))
+        return cache[id(pixels)][1]
 
     return features
