@@ -107,6 +107,10 @@ def test_invalid_arguments_are_rejected() -> None:
         attention(q, k, k, backend="flash")
     with pytest.raises(NotImplementedError, match="half precision"):
         attention(q, k, k, is_causal=True, backend="flash")
+    with pytest.raises(NotImplementedError, match="not a mask"):
+        attention(q, k, k, backend="efficient")
+    with pytest.raises(NotImplementedError, match="fp32 on an NVIDIA GPU"):
+        attention(q, k, k, is_causal=True, backend="efficient")
 
 
 def test_single_query_attends_to_all_keys() -> None:
@@ -146,7 +150,7 @@ def test_layouts_have_varlen_for_a_whole_prompt_only() -> None:
     assert plain.varlen(3) is None
 
 
-# FlashAttention kernels, on a GPU only.
+# FlashAttention and memory-efficient kernels, on a GPU only.
 
 SHAPES = [(2, 4, 2, 131, 64), (3, 4, 4, 700, 32), (1, 16, 8, 2048, 128), (2, 6, 2, 77, 40)]
 
@@ -198,22 +202,47 @@ def test_flash_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype, 
         assert float((ours.double() - right).norm() / right.norm()) < 1e-2
 
 
-@pytest.mark.skipif(not GPU, reason="FlashAttention wants a GPU")
+@pytest.mark.skipif(not GPU, reason="memory-efficient attention wants a GPU")
 @pytest.mark.parametrize("way", ["causal", "padded", "packed"])
-def test_gradients_are_deterministic(way: str) -> None:
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 4, 1, 300, 20)])
+def test_efficient_equals_the_reference(shape: tuple[int, ...], way: str) -> None:
+    found = learned(shape, torch.float32, "efficient", way)
+    expected = learned(shape, torch.float64, "reference", way)
+    for ours, right in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert float((ours.double() - right).norm() / right.norm()) < 1e-3
+
+
+@pytest.mark.skipif(not GPU, reason="memory-efficient attention wants a GPU")
+def test_efficient_stores_no_scores() -> None:
+    *inputs, dy = problem((1, 16, 8, 8192, 64), torch.float32)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    varlen = varlen_metadata(None, torch.zeros(1, 8192, dtype=torch.long).cuda())
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y = attention(*leaves, varlen=varlen)
+    torch.autograd.grad(y, leaves, dy)
+    # The scores of all heads alone are 4 GiB.
+    assert torch.cuda.max_memory_allocated() - before < 2**30
+
+
+@pytest.mark.skipif(not GPU, reason="the kernels want a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("way", ["causal", "padded", "packed"])
+def test_gradients_are_deterministic(way: str, dtype: torch.dtype) -> None:
     shape = (2, 16, 8, 2048, 128)
-    first = learned(shape, torch.bfloat16, "auto", way)
+    first = learned(shape, dtype, "auto", way)
     for _ in range(8):
-        for a, b in zip(learned(shape, torch.bfloat16, "auto", way), first, strict=True):
+        for a, b in zip(learned(shape, dtype, "auto", way), first, strict=True):
             assert torch.equal(a, b)
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 @pytest.mark.skipif(not GPU, reason="FlashAttention wants a GPU")
-def test_auto_uses_flash_for_varlen_and_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_uses_a_varlen_kernel_for_varlen_and_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
-    for name in ("flash", "sdpa"):
+    for name in ("flash", "efficient", "sdpa"):
         real = ATTENTION_BACKENDS[name]
 
         def noted(*inputs, _name=name, _real=real, **options):
@@ -229,7 +258,8 @@ def test_auto_uses_flash_for_varlen_and_for_gradients(monkeypatch: pytest.Monkey
     attention(q.requires_grad_(), k, v, is_causal=True)
     with torch.autocast("cuda", torch.bfloat16):
         attention(q.float(), k.float(), v.float(), is_causal=True)
-    assert taken == ["sdpa", "flash", "sdpa", "flash", "flash"]
+        attention(q.double(), k.double(), v.double(), varlen=varlen)
+    assert taken == ["sdpa", "flash", "efficient", "flash", "flash", "sdpa"]
 
 
 class TestDeterministicMode:

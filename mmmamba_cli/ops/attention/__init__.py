@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from mmmamba_cli.ops.attention import reference
+from mmmamba_cli.ops.attention.efficient import supports_efficient
 from mmmamba_cli.ops.attention.flash import supports_flash
 from mmmamba_cli.ops.attention.varlen import VarlenMetadata, varlen_metadata
 from mmmamba_cli.ops.backends import check_shape, get_backend, needs_grad, optional_backend
@@ -27,6 +28,9 @@ ATTENTION_BACKENDS: dict[str, Callable[..., Tensor]] = {
     "reference": reference.eager_attention,
     "sdpa": reference.sdpa,
     **optional_backend("flash", f"{__package__}.flash", "flash_attention", library="torch"),
+    **optional_backend(
+        "efficient", f"{__package__}.efficient", "efficient_attention", library="torch"
+    ),
 }
 
 
@@ -49,11 +53,13 @@ def attention(
         mask: (B or 1, 1, T, S) bool, True where a query may attend, instead of `is_causal`.
         varlen: the sequences in the rows, each with causal attention, from `varlen_metadata`;
             instead of both, T = S. The output at padding is undefined.
-        backend: "reference", "sdpa" (PyTorch selects the kernel), "flash", or "auto": flash, if it
-            supports q, for `varlen` and for causal attention with gradients, else sdpa.
+        backend: "reference", "sdpa" (PyTorch selects the kernel), "flash", "efficient", or "auto":
+            for `varlen` and for causal attention with gradients, the one of flash and efficient
+            that supports q, else sdpa.
 
-    "flash" is PyTorch's FlashAttention-2 with deterministic gradients. On a GPU, the gradients of
-    "sdpa" may differ from run to run.
+    "flash" is PyTorch's FlashAttention-2 in half precision, "efficient" its memory-efficient
+    attention in fp32, both with deterministic gradients. On a GPU, the gradients of "sdpa" may
+    differ from run to run.
 
     Returns:
         (B, H, T, P) in the dtype of q, or in autocast's dtype if autocast is enabled.
@@ -77,8 +83,8 @@ def attention(
             f"attention: {q.shape[2]} queries and {k.shape[2]} keys, expected as many of both"
         )
     if backend == "auto":
-        prefers_flash = varlen is not None or (is_causal and needs_grad(q, k, v))
-        backend = "flash" if prefers_flash and supports_varlen(q) else "sdpa"
+        is_fused = varlen is not None or (is_causal and needs_grad(q, k, v))
+        backend = (_varlen_backend(q) if is_fused else None) or "sdpa"
     attend = get_backend("attention", backend, ATTENTION_BACKENDS)
     return attend(q, k, v, is_causal=is_causal, mask=mask, varlen=varlen)
 
@@ -92,4 +98,12 @@ def attention_weights(
 
 def supports_varlen(q: Tensor) -> bool:
     """Whether `attention` has a varlen kernel for q (..., P); otherwise it builds a slow mask."""
-    return "flash" in ATTENTION_BACKENDS and supports_flash(q)
+    return _varlen_backend(q) is not None
+
+
+def _varlen_backend(q: Tensor) -> str | None:
+    """The backend with a varlen kernel for q."""
+    for name, supports in (("flash", supports_flash), ("efficient", supports_efficient)):
+        if name in ATTENTION_BACKENDS and supports(q):
+            return name
+    return None
