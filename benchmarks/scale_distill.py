@@ -65,7 +65,7 @@ from mmmamba_cli.distributed import join_world
 from mmmamba_cli.distributed.launcher import ProcessKilled, launch
 
 WARMUP = 2
-PROFILED = 2
+PROFILED = 1
 # Relative difference of losses that rounding may make.
 TOLERANCE = 1e-4
 KILL_AT, SAVE_EVERY = 3, 2
@@ -100,7 +100,7 @@ def train_part(setup: StageSetup) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats(world.device)
         results: list[StepResult] = []
         waits, collectives = WaitMeter(), HostCollectives()
-        profiler = StepProfiler(world.device, setup.steps, PROFILED)
+        profiler = StepProfiler(world.device, setup.steps, PROFILED, host=not is_gpu)
         with ExitStack() as stack:
             if is_gpu:
                 stack.enter_context(profiler.started(StepLoader))

@@ -240,7 +240,9 @@ def test_gradients_are_deterministic(way: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(not GPU, reason="FlashAttention wants a GPU")
-def test_auto_uses_a_varlen_kernel_for_varlen_and_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_uses_a_varlen_kernel_for_varlen_and_for_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     taken: list[str] = []
     for name in ("flash", "efficient", "sdpa"):
         real = ATTENTION_BACKENDS[name]

@@ -100,7 +100,8 @@ class _Efficient(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, logsumexp, cu_seqlens, *random = ctx.saved_tensors
         max_seqlen = ctx.max_seqlen
-        # One split of the keys, so that the gradient of q is a sum in a fixed order.
+        # One split of the keys, so that the gradient of q is a sum in a fixed order. A sequence and
+        # head is then the work of one block: a few long sequences leave most of the GPU idle.
         *gradients, _ = torch.ops.aten._efficient_attention_backward(
             dy.contiguous(), q, k, v, None, y, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
             logsumexp, 0.0, *random, CAUSAL, False, num_splits_key=1,
