@@ -62,7 +62,8 @@ from mmmamba_cli.devices import pick_device
 from mmmamba_cli.distill.trainer import StepResult, Stopped, train
 from mmmamba_cli.distill.training_state import Progress
 from mmmamba_cli.distributed import join_world
-from mmmamba_cli.distributed.launcher import ProcessKilled, launch
+from mmmamba_cli.distributed.failures import ProcessKilled
+from mmmamba_cli.distributed.launcher import launch
 
 WARMUP = 2
 PROFILED = 1

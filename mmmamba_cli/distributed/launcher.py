@@ -11,13 +11,14 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
 from tempfile import TemporaryDirectory
+from threading import Timer
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +31,12 @@ from torch.distributed.elastic.multiprocessing import (
     start_processes,
 )
 
+from mmmamba_cli.distributed.failures import (
+    ProcessFailure,
+    process_failure,
+    root_cause,
+    was_killed,
+)
 from mmmamba_cli.distributed.stop_signals import (
     SIGNALS,
     StopSignalCounter,
@@ -38,7 +45,7 @@ from mmmamba_cli.distributed.stop_signals import (
     stopping_message,
     write_from_handler,
 )
-from mmmamba_cli.errors import MmmambaError, RunError
+from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.interrupts import (
     INTERRUPTED,
     block_interrupts,
@@ -56,61 +63,10 @@ Result = TypeVar("Result")
 HOST = "127.0.0.1"
 # Names the signals for which torch installs handlers when it starts processes.
 TORCH_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
-# Seconds until processes are killed after a second stop signal.
+# Seconds until processes are killed after a second stop signal, or after one of them was killed.
 KILL_AFTER_SECONDS = 5
-# Limit of a traceback: the queue between the processes holds 64 KiB.
-MAX_TRACE_CHARACTERS = 3000
-
-
-class ProcessKilled(RunError):
-    """A signal ended a process, and the run had not been asked to stop."""
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """The exception that ended a process, as plain values: some exceptions cannot be pickled."""
-
-    time: float
-    rank: int
-    kind: str
-    text: str
-    hint: str | None
-    trace: str
-    is_user_error: bool
-    # Whether the process only lost its connection to one that had ended before.
-    is_lost_connection: bool
-    # Arguments of an OSError.
-    os_error: tuple[int | None, str | None, str | None] | None
-
-    def exception(self) -> BaseException:
-        """The exception that the launching process raises."""
-        if self.is_user_error:
-            return MmmambaError(self.text, self.hint)
-        error = (
-            OSError(*self.os_error) if self.os_error else RuntimeError(f"{self.kind}: {self.text}")
-        )
-        error.add_note(f"in process {self.rank}:\n{self.trace}")
-        return error
-
-
-def _failure(error: BaseException) -> _Failure:
-    os_error = None
-    if isinstance(error, OSError):
-        name = error.filename
-        os_error = (error.errno, error.strerror, None if name is None else str(name))
-    mistake = error if isinstance(error, MmmambaError) else None
-    text = (str(error) if mistake is None else mistake.message)[:MAX_TRACE_CHARACTERS]
-    return _Failure(
-        time=time.time(),
-        rank=int(os.environ["RANK"]),
-        kind=type(error).__name__,
-        text=text,
-        hint=None if mistake is None else mistake.hint,
-        trace=traceback.format_exc()[-MAX_TRACE_CHARACTERS:],
-        is_user_error=mistake is not None,
-        is_lost_connection=isinstance(error, dist.DistError) or "gloo" in text.lower(),
-        os_error=os_error,
-    )
+# Seconds between two looks at the processes.
+POLL_SECONDS = 0.1
 
 
 def count_processes(gpus: int | None, device: str | None) -> int:
@@ -151,7 +107,7 @@ def launch(
         RuntimeError: any other exception of that process, with its traceback as a note.
         ProcessKilled: a process was killed.
     """
-    errors: SimpleQueue[_Failure] = get_context("spawn").SimpleQueue()
+    errors: SimpleQueue[ProcessFailure] = get_context("spawn").SimpleQueue()
     # The launcher hosts the store of the process group: it gets a free port and outlives all ranks.
     store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     ranks = range(processes)
@@ -190,13 +146,13 @@ def launch(
     if stop_signals.first is not None and all(failure.is_lost_connection for failure in failures):
         # The signal arrived before there was anything to save.
         exit_by_signal(stop_signals.first)
-    raise _root_cause(failures, result.failures)
+    raise root_cause(failures, result.failures)
 
 
 def _run(
     work: Callable[[Argument], Result],
     argument: Argument,
-    errors: SimpleQueue[_Failure],
+    errors: SimpleQueue[ProcessFailure],
     starter: int,
 ) -> Result:
     """Entry point of one process."""
@@ -210,7 +166,7 @@ def _run(
     except SystemExit:
         raise
     except BaseException as error:
-        errors.put(_failure(error))
+        errors.put(process_failure(error))
         # The launching process reports the error.
         raise SystemExit(1) from error
     if os.getppid() != starter:
@@ -253,10 +209,14 @@ def _kill_children() -> None:
     A process that is still unpickling its arguments would print a traceback.
     """
     children = active_children()
-    for child in children:
-        child.kill()
+    _kill(children)
     for child in children:
         child.join()
+
+
+def _kill(children: list[BaseProcess]) -> None:
+    for child in children:
+        child.kill()
 
 
 def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
@@ -327,29 +287,27 @@ def _forwarded_signals(unit: str) -> Iterator[_StopSignals]:
 
 
 def _wait(context: PContext, stop_signals: _StopSignals) -> Any:
-    """Wait for the result of all processes; exit after a second stop signal."""
-    while True:
-        result = context.wait(timeout=1, period=0.1)
-        if stop_signals.second is not None:
-            context.close(signal.Signals(stop_signals.second), timeout=KILL_AFTER_SECONDS)
-            exit_by_signal(stop_signals.second)
-        if result is not None:
-            return result
+    """Wait for the result of all processes; exit after a second stop signal.
 
-
-def _root_cause(failures: list[_Failure], exits: dict[int, Any]) -> BaseException:
-    """The exception to raise for failed processes: the first that no other one caused."""
-    first = min(
-        failures, key=lambda failure: (failure.is_lost_connection, failure.time), default=None
-    )
-    if first is None or first.is_lost_connection:
-        named = [f"process {rank} by {x.signal_name()}" for rank, x in exits.items()]
-        killed = any(x.exitcode < 0 for x in exits.values())
-        return ProcessKilled(
-            f"a process of this run was killed{f': {named[0]}' if killed else ''}",
-            "often because main memory ran out; the same command goes on from the last state",
-        )
-    return first.exception()
+    If a signal ended a process, torch waits for the others for half a minute. Those that are in a
+    collective on GPUs do not end by themselves, and are killed sooner.
+    """
+    killer = Timer(KILL_AFTER_SECONDS, _kill, [active_children()])
+    killer.daemon = True
+    try:
+        while True:
+            is_undisturbed = stop_signals.first is None and killer.ident is None
+            if is_undisturbed and was_killed(context.pids().values()):
+                killer.start()
+            result = context.wait(timeout=0)
+            if stop_signals.second is not None:
+                context.close(signal.Signals(stop_signals.second), timeout=KILL_AFTER_SECONDS)
+                exit_by_signal(stop_signals.second)
+            if result is not None:
+                return result
+            time.sleep(POLL_SECONDS)
+    finally:
+        killer.cancel()
 
 
 @contextmanager

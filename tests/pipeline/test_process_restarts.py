@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,19 @@ def test_the_number_of_restarts_is_limited(work: Path, seeded: Path) -> None:
     errors = [line for line in process.text().splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "a process of this run was killed" in errors[0], process.text()
     assert process.text().count("starting again") == 1
+
+
+def test_a_process_that_waits_for_a_killed_one_is_killed_soon(work: Path, seeded: Path) -> None:
+    process = start_forked(work, seeded, *STAGE, *LONG)
+    process.wait_for(has_state(work))
+    first, second = children(process)
+    # As in a collective on GPUs, which no signal but SIGKILL ends. torch waits for 30 seconds.
+    os.kill(second, signal.SIGSTOP)
+    began = time.monotonic()
+    os.kill(first, signal.SIGKILL)
+    assert process.wait(timeout=120) == 2, process.text()
+    assert time.monotonic() - began < 25
+    assert "error: a process of this run was killed" in process.text()
 
 
 def test_options_that_exclude_restarts(work: Path, seeded: Path) -> None:
