@@ -25,7 +25,6 @@ and one that runs then stops after its step and is left out, so that several cal
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import tempfile
@@ -48,6 +47,7 @@ from random_stages import (
     attempt,
     micro_batch_rows,
     parse_micro_rows,
+    release_memory,
     write_texts,
 )
 from result_file import ResultFile
@@ -198,13 +198,6 @@ def run_part(
 
     # Adapters, for example, need a package that may be missing.
     return attempt(part.name, run)
-
-
-def release_memory(device: torch.device) -> None:
-    """Give the memory of a part that has ended back to the device."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def main(words: Sequence[str] | None = None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import math
 import platform
@@ -177,6 +178,13 @@ def make_job(setup: StageSetup, world: World) -> tuple[TrainingJob, str]:
         settings={"stage": stage.model_dump(mode="json"), "data": {}},
     )
     return job, plan.mode
+
+
+def release_memory(device: torch.device) -> None:
+    """Give the memory of a part that has ended back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def timed_steps(device: torch.device, warmup: int, steps: int) -> range:

@@ -22,12 +22,17 @@ class ResultFile:
     def __init__(self, file: Path | None, key: str, what: str, device: torch.device):
         self._file, self._key = file, key
         self.result: dict[str, Any] = {}
-        if file is not None and file.is_file():
-            self.result = json.loads(file.read_text())
-        self.parts: dict[str, Any] = self.result.setdefault(key, {})
+        self.parts: dict[str, Any] = {}
+        self.read()
         self.result |= {"what": what, **environment(device)}
         command = self.result.pop("command")
         self.result["commands"] = sorted({*self.result.get("commands", []), command})
+
+    def read(self) -> None:
+        """Replace the result by that of the file, if there is one, to which others may write."""
+        if self._file is not None and self._file.is_file():
+            self.result = json.loads(self._file.read_text())
+        self.parts = self.result.setdefault(self._key, {})
 
     def missing(
         self, names: Iterable[str], *, again: bool, is_late: Callable[[], bool]

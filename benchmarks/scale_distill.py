@@ -30,7 +30,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -50,27 +49,26 @@ from random_stages import (
     make_job,
     micro_batch_rows,
     parse_micro_rows,
+    release_memory,
     timed_steps,
     write_texts,
 )
 from result_file import ResultFile
 from scale_picture import draw
+from scale_ratios import ratios
 from torch import Tensor
 
 from mmmamba_cli.data import StepLoader
 from mmmamba_cli.devices import pick_device
 from mmmamba_cli.distill.trainer import StepResult, Stopped, train
 from mmmamba_cli.distill.training_state import Progress
-from mmmamba_cli.distributed import join_world
+from mmmamba_cli.distributed import World, join_world
 from mmmamba_cli.distributed.failures import ProcessKilled
 from mmmamba_cli.distributed.launcher import launch
 
 WARMUP = 2
 PROFILED = 1
-# Relative difference of losses that rounding may make.
-TOLERANCE = 1e-4
 KILL_AT, SAVE_EVERY = 3, 2
-STOPPED = "stopped"
 
 
 @dataclass(frozen=True)
@@ -92,51 +90,82 @@ class Part:
         return f"{self.stage}-{size}-{self.parallel}-micro-{self.micro_rows}"
 
 
-def train_part(setup: StageSetup) -> dict[str, Any]:
-    """Train in this process, one of several or alone; the result is that of process 0."""
-    with join_world(setup.device) as world:
-        job, mode = make_job(setup, world)
-        is_gpu = world.device.type == "cuda"
+@dataclass(frozen=True)
+class PartGroup:
+    """Parts on the same number of GPUs, and the file of their results; it is sent to processes."""
+
+    setups: dict[Part, StageSetup]
+    file: ResultFile
+    deadline: float
+
+
+def train_parts(group: PartGroup) -> None:
+    """Train parts one after another, in this process, one of several or alone.
+
+    Process 0 adds each to the file.
+    """
+    device = next(iter(group.setups.values())).device
+    with join_world(device) as world:
+        for part, setup in group.setups.items():
+            is_late = world.run_on_main(lambda: time.time() > group.deadline)
+            release_memory(world.device)
+            found = None if is_late else train_part(setup, world)
+            if found is None:
+                if world.is_main:
+                    print(f"{part.name} stopped: no time left", file=sys.stderr)
+                return
+            if world.is_main:
+                group.file.add(part.name, {**asdict(part), "length": setup.length, **found})
+                group.file.result["ratios"] = ratios(group.file.parts)
+                group.file.write()
+
+
+def train_part(setup: StageSetup, world: World) -> dict[str, Any] | None:
+    """Train a part; None if its deadline passes, on all processes alike."""
+    began = time.perf_counter()
+    job, mode = make_job(setup, world)
+    is_gpu = world.device.type == "cuda"
+    if is_gpu:
+        torch.cuda.reset_peak_memory_stats(world.device)
+    results: list[StepResult] = []
+    waits, collectives = WaitMeter(), HostCollectives()
+    profiler = StepProfiler(world.device, setup.steps, PROFILED, host=not is_gpu)
+    with ExitStack() as stack:
         if is_gpu:
-            torch.cuda.reset_peak_memory_stats(world.device)
-        results: list[StepResult] = []
-        waits, collectives = WaitMeter(), HostCollectives()
-        profiler = StepProfiler(world.device, setup.steps, PROFILED, host=not is_gpu)
-        with ExitStack() as stack:
-            if is_gpu:
-                stack.enter_context(profiler.started(StepLoader))
-                stack.enter_context(profiler.without_saving())
-            stack.enter_context(waits.patched())
-            if world.size > 1:
-                stack.enter_context(collectives.patched())
-            began = time.perf_counter()
-            try:
-                train(job, Progress(), results.append, lambda: time.time() > setup.deadline)
-            except Stopped:
-                # On all processes alike. An exception would end the others with an error.
-                return {STOPPED: True}
-            seconds = time.perf_counter() - began
-        timed = timed_steps(world.device, WARMUP, setup.steps - (PROFILED if is_gpu else 0))
-        peak = torch.cuda.max_memory_allocated(world.device) / GIB if is_gpu else 0.0
-        waited = statistics.median(waits.seconds[step] for step in timed)
-        peaks, all_waits = world.all_gather([peak]), world.all_gather([waited])
-        rates = [results[step].tokens_per_second for step in timed] if results else [0.0]
-        found: dict[str, Any] = {
-            "mode": mode,
-            "micro_batch_rows": micro_batch_rows(job.loader.step(0)),
-            "losses": [result.loss for result in results],
-            "tokens_per_second": round(statistics.median(rates)),
-            "tokens_per_second_range": [round(min(rates)), round(max(rates))],
-            "data_wait_seconds": round(max(all_waits), 4),
-            "collectives_per_step": round(collectives.calls / setup.steps, 1),
-            "host_share_in_calls_of_collectives": round(collectives.seconds / seconds, 4),
-        }
-        if is_gpu:
-            found["peak_gib"] = round(max(peaks), 2)
-            found["profiled"] = profiler.summary()
-        tokens = setup.rows * setup.length
-        found["step_seconds"] = round(tokens / statistics.median(rates), 4) if results else 0.0
-        return found
+            stack.enter_context(profiler.started(StepLoader))
+            stack.enter_context(profiler.without_saving())
+        stack.enter_context(waits.patched())
+        if world.size > 1:
+            stack.enter_context(collectives.patched())
+        prepared = time.perf_counter()
+        try:
+            train(job, Progress(), results.append, lambda: time.time() > setup.deadline)
+        except Stopped:
+            return None
+        seconds = time.perf_counter() - prepared
+    timed = timed_steps(world.device, WARMUP, setup.steps - (PROFILED if is_gpu else 0))
+    peak = torch.cuda.max_memory_allocated(world.device) / GIB if is_gpu else 0.0
+    waited = statistics.median(waits.seconds[step] for step in timed)
+    peaks, all_waits = world.all_gather([peak]), world.all_gather([waited])
+    rates = [results[step].tokens_per_second for step in timed] if results else [0.0]
+    found: dict[str, Any] = {
+        "mode": mode,
+        "micro_batch_rows": micro_batch_rows(job.loader.step(0)),
+        "losses": [result.loss for result in results],
+        "tokens_per_second": round(statistics.median(rates)),
+        "tokens_per_second_range": [round(min(rates)), round(max(rates))],
+        "data_wait_seconds": round(max(all_waits), 4),
+        "collectives_per_step": round(collectives.calls / setup.steps, 1),
+        "host_share_in_calls_of_collectives": round(collectives.seconds / seconds, 4),
+        "seconds_until_first_step": round(prepared - began, 1),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    if is_gpu:
+        found["peak_gib"] = round(max(peaks), 2)
+        found["profiled"] = profiler.summary()
+    tokens = setup.rows * setup.length
+    found["step_seconds"] = round(tokens / statistics.median(rates), 4) if results else 0.0
+    return found
 
 
 def train_killed(setup: StageSetup) -> dict[str, Any]:
@@ -202,12 +231,12 @@ def run_killed(setup: StageSetup, gpus: int) -> dict[str, Any]:
     }
 
 
-def run_part(given: argparse.Namespace, part: Part, work: Path, deadline: float) -> dict[str, Any]:
-    """Train one part, in processes of its own, until the deadline."""
+def make_setup(given: argparse.Namespace, part: Part, work: Path, deadline: float) -> StageSetup:
+    """The stage of a part, whose texts are written."""
     texts = work / f"texts-{part.rows}.jsonl"
     if not texts.is_file():
         write_texts(texts, 4 * part.rows, given.length)
-    setup = StageSetup(
+    return StageSetup(
         stage=part.stage,
         rows=part.rows,
         length=given.length,
@@ -222,12 +251,20 @@ def run_part(given: argparse.Namespace, part: Part, work: Path, deadline: float)
         save_every=SAVE_EVERY if given.kill else None,
         deadline=deadline,
     )
-    if given.kill:
-        return run_killed(setup, part.gpus)
-    found: dict[str, Any] = launch(train_part, setup, part.gpus)
-    if found.get(STOPPED):
-        raise Stopped
-    return found
+
+
+def run_parts(
+    given: argparse.Namespace, parts: Sequence[Part], file: ResultFile, work: Path, deadline: float
+) -> None:
+    """Train parts on the same number of GPUs, in the same processes unless one fails."""
+    waiting = {part: make_setup(given, part, work, deadline) for part in parts}
+    while waiting and time.time() <= deadline:
+        group = PartGroup(waiting, file, deadline)
+        is_finished = attempt("parts", lambda: launch(train_parts, group, parts[0].gpus) or True)  # noqa: B023
+        file.read()
+        left = [part for part in waiting if part.name not in file.parts]
+        # The first of those that are left has failed.
+        waiting = {} if is_finished else {part: waiting[part] for part in left[1:]}
 
 
 def evaluate(given: argparse.Namespace, gpus: Sequence[int], work: Path) -> dict[str, Any]:
@@ -260,64 +297,32 @@ def evaluate(given: argparse.Namespace, gpus: Sequence[int], work: Path) -> dict
     return {"model": given.eval, "suite": given.suite, "by_gpus": found}
 
 
-def ratios(parts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Speed of each part over the part with fewest GPUs, in strong and in weak scaling."""
-    strong, weak = defaultdict(list), defaultdict(list)
-    modes = {part["parallel"] for part in parts.values() if part["gpus"] > 1}
-    for part in parts.values():
-        # A part of an older file had one row in a micro batch.
-        micro = str(part.get("micro_rows", 1))
-        # One process has nothing to divide, and is the base of every mode.
-        for mode in modes if part["gpus"] == 1 else [part["parallel"]]:
-            strong[part["stage"], part["rows"], mode, micro].append(part)
-            weak[part["stage"], part["rows"] // part["gpus"], mode, micro].append(part)
-    found = []
-    for kind, groups in (("strong", strong), ("weak", weak)):
-        for (stage, rows, parallel, micro), members in sorted(groups.items()):
-            first, *others = sorted(members, key=lambda one: one["gpus"])
-            for one in others:
-                ratio = one["tokens_per_second"] / first["tokens_per_second"]
-                row = {
-                    "scaling": kind,
-                    "stage": stage,
-                    "parallel": parallel,
-                    "micro_rows": micro,
-                    "rows" if kind == "strong" else "rows_per_gpu": rows,
-                    "gpus": [first["gpus"], one["gpus"]],
-                    "speed_ratio": round(ratio, 3),
-                    "efficiency": round(ratio * first["gpus"] / one["gpus"], 3),
-                }
-                if kind == "strong":
-                    row["loss_difference"] = difference(first["losses"], one["losses"])
-                    row["same_losses"] = row["loss_difference"] < TOLERANCE
-                found.append(row)
-    return found
-
-
-def difference(first: Sequence[float], second: Sequence[float]) -> float:
-    """Largest relative difference of the losses that both have."""
-    pairs = zip(first, second, strict=False)
-    return max(abs(a - b) / abs(a) for a, b in pairs)
-
-
 def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     given = parse(words)
     counts = [int(number) for number in given.gpus.split(",")]
     deadline = time.time() + 60 * given.minutes
     what = "distillation by number of GPUs, HoVLE-2.6B shapes, random weights and texts"
     key = "killed" if given.kill else "parts"
-    file = ResultFile(given.out, key, what, pick_device(given.device))
     with tempfile.TemporaryDirectory() as work:
+        out = given.out or Path(work) / "result.json"
+        file = ResultFile(out, key, what, pick_device(given.device))
         if given.eval:
             file.result["eval"] = evaluate(given, counts, Path(work))
-            file.write()
+        file.write()
         parts = {} if given.eval else {part.name: part for part in parts_of(given, counts)}
-        for name in file.missing(parts, again=given.again, is_late=lambda: time.time() > deadline):
-            found = attempt(name, partial(run_part, given, parts[name], Path(work), deadline))
-            if found is not None:
-                file.add(name, {**asdict(parts[name]), "length": given.length, **found})
-                file.result["ratios"] = ratios(file.result.get("parts", {}))
-                file.write()
+        names = file.missing(parts, again=given.again, is_late=lambda: time.time() > deadline)
+        if given.kill:
+            for name in names:
+                setup = make_setup(given, parts[name], Path(work), deadline)
+                found = attempt(name, partial(run_killed, setup, parts[name].gpus))
+                if found is not None:
+                    file.add(name, {**asdict(parts[name]), "length": given.length, **found})
+                    file.write()
+        else:
+            missing = [parts[name] for name in names]
+            for number in counts:
+                same = [part for part in missing if part.gpus == number]
+                run_parts(given, same, file, Path(work), deadline)
     if given.picture is not None:
         draw(file.result, given.picture)
     print(json.dumps(file.result, indent=2))

@@ -220,20 +220,56 @@ def test_parts_of_models_in_place(
             assert "missing" in printed
 
 
+@pytest.mark.parametrize("reads", [3, 4])
 def test_a_part_that_runs_out_of_time_is_left_out(
-    benchmarks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    benchmarks: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    reads: int,
 ) -> None:
     import scale_distill
 
     monkeypatch.setattr(scale_distill, "launch", lambda work, setup, processes: work(setup))
     out = tmp_path / "scale.json"
     words = ["--only", "stage1", "--rows", "1", "--gpus", "1", "--workers", "0", *TINY]
-    # The deadline passes within the first step.
-    clock = iter([0.0, 0.0])
+    # The deadline passes before the part, or within its first step.
+    clock = iter([0.0] * reads)
     stub = SimpleNamespace(**vars(time) | {"time": lambda: next(clock, 1e6)})
     monkeypatch.setattr(scale_distill, "time", stub)
     found = scale_distill.main([*words, "--out", str(out)])
     assert found["parts"] == {}
+    printed = capsys.readouterr().err
+    assert "stage1-1-gpus-1-rows-auto-micro-auto stopped: no time left" in printed
+    assert next(clock, None) is None
+
+
+def test_parts_go_on_behind_one_that_fails(
+    benchmarks: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import scale_distill
+
+    def train_part(setup: Any, world: Any) -> dict[str, Any]:
+        if setup.stage == "stage2":
+            raise RuntimeError("out of luck")
+        return {"losses": [1.0], "tokens_per_second": 1}
+
+    monkeypatch.setattr(scale_distill, "train_part", train_part)
+    launches: list[list[str]] = []
+
+    def launch(work: Any, group: Any, processes: int) -> None:
+        launches.append([part.stage for part in group.setups])
+        work(group)
+
+    monkeypatch.setattr(scale_distill, "launch", launch)
+    words = ["--rows", "1", "--gpus", "1", *TINY, "--out", str(tmp_path / "scale.json")]
+    found = scale_distill.main(words)
+    assert [part["stage"] for part in found["parts"].values()] == ["stage1", "stage3"]
+    assert launches == [["stage1", "stage2", "stage3"], ["stage3"]]
+    assert "out of luck" in capsys.readouterr().err
 
 
 def test_wait_for_lessons(benchmarks: None, tmp_path: Path) -> None:
