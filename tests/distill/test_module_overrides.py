@@ -104,6 +104,27 @@ def test_norms_of_the_text_decoder_are_overridden_once(as_on_a_gpu: list[Any]) -
     assert text_decoder(other).norm.forward.args[0] is text_decoder(other).norm
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the fused norm wants a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(RMS_NORMS))
+def test_norms_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    norm = norm_of(name, dtype).cuda()
+    rounding = torch.finfo(dtype).eps
+    results = []
+    for override in (False, True):
+        if override:
+            module_overrides._override_norm(norm, keeps_dtype=False)
+        norm.weight.grad = None
+        x = random(2, 300, 24, dtype=dtype).detach().cuda().requires_grad_()
+        found = norm(x)
+        (found * random(2, 300, 24, dtype=dtype, seed=2).cuda()).sum().backward()
+        results.append([found.detach(), x.grad, norm.weight.grad])
+    for expected, found in zip(*results, strict=True):
+        assert found.dtype == expected.dtype
+        difference = (found.double() - expected.double()).norm()
+        assert float(difference / expected.double().norm()) < 2 * rounding
+
+
 def test_a_norm_keeps_its_own_code_on_a_cpu() -> None:
     norm, x = norm_of("Qwen3RMSNorm", torch.float64), random(3, 24, dtype=torch.float64)
     expected = norm(x)
