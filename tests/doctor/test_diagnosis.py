@@ -79,7 +79,7 @@ def test_library_backends_are_optional_and_known_to_be_forward_only() -> None:
 def test_all_ops_pass_on_the_cpu_in_both_dtypes() -> None:
     every = list(check_ops(CPU, (torch.float32, torch.bfloat16)))
     # Kernels may be installed without a GPU, and are skipped on the CPU beside one.
-    kernels = {"triton", "products", "flash", "mamba_ssm", "fla"}
+    kernels = {"triton", "products", "flash", "efficient", "mamba_ssm", "fla"}
     assert all(check.status == "skipped" for check in every if check.backend in kernels)
     found = [check for check in every if check.backend not in kernels]
     assert all(check.status == "ok" for check in found), [c.sentence for c in found]
