@@ -1,4 +1,4 @@
-"""How launched processes ended: the errors that they report, the cause of all, and signals."""
+"""How launched processes ended: errors that they report, the first cause, signals."""
 
 from __future__ import annotations
 
@@ -85,8 +85,9 @@ def root_cause(failures: list[ProcessFailure], exits: dict[int, Any]) -> BaseExc
 
 
 def was_killed(pids: Iterable[int]) -> bool:
-    """Whether a signal has ended one of these children, none of which is reaped."""
-    return any(_ended_by_signal(pid) for pid in pids)
+    """Whether a signal has ended one of these children; it stays to be waited for."""
+    # Python has no waitid on macOS before 3.13.
+    return hasattr(os, "waitid") and any(_ended_by_signal(pid) for pid in pids)
 
 
 def _ended_by_signal(pid: int) -> bool:
