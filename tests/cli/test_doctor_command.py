@@ -18,7 +18,7 @@ from mmmamba_cli.ops.norm import reference
 
 Doctor = Callable[..., Done]
 # Packages that may be installed on a machine without a GPU.
-KERNELS = {"triton", "products", "flash", "mamba_ssm", "fla"}
+KERNELS = {"triton", "products", "flash", "efficient", "mamba_ssm", "fla"}
 
 
 @pytest.fixture
