@@ -25,6 +25,8 @@ from mmmamba_cli.profiling.timers import DeviceTimer
 CUDA_COPY_BYTES, CPU_COPY_BYTES = 2**30, 2**28
 CUDA_MATRIX_SIDE, CPU_MATRIX_SIDE = 8192, 1024
 REPEATS, WARM_UPS = 7, 3
+# A run of this length is not repeated: a CPU without instructions for bf16 takes seconds.
+LONG_SECONDS = 0.5
 # Operations of a multiply-add.
 MULTIPLY_ADD = 2
 
@@ -69,7 +71,11 @@ def roofline_seconds(cost: Cost, roofline: RooflinePart) -> float:
 
 
 def _median(work: Callable[[], object], timer: DeviceTimer) -> float:
-    for _ in range(WARM_UPS):
+    work()
+    second = timer.seconds(work)
+    if second > LONG_SECONDS:
+        return second
+    for _ in range(WARM_UPS - 2):
         work()
     return statistics.median(timer.seconds(work) for _ in range(REPEATS))
 

@@ -105,18 +105,31 @@ def test_roofline_is_the_longer_of_bytes_and_operations() -> None:
     assert roofline_seconds(Cost(bytes=5000, operations=200), RATES) == 20
 
 
+class Metronome(CPUTimer):
+    """Everything takes as long."""
+
+    def __init__(self, duration: float):
+        super().__init__()
+        self.duration, self.calls = duration, 0
+
+    def seconds(self, work: object) -> float:
+        assert callable(work)
+        work()
+        self.calls += 1
+        return self.duration
+
+
 def test_rates_are_measured_on_the_device() -> None:
-    class Slow(CPUTimer):
-        """Everything takes two seconds."""
-
-        def seconds(self, work: object) -> float:
-            assert callable(work)
-            work()
-            return 2.0
-
-    found = measure_roofline(torch.device("cpu"), torch.float32, Slow())
+    found = measure_roofline(torch.device("cpu"), torch.float32, Metronome(2.0))
     assert found.copy_rate == found.size
     assert found.matmul_rate == found.side**3
+
+
+@pytest.mark.parametrize(("duration", "calls"), [(0.25, 2 * 8), (2.0, 2 * 1)])
+def test_a_long_copy_or_product_is_not_repeated(duration: float, calls: int) -> None:
+    timer = Metronome(duration)
+    measure_roofline(torch.device("cpu"), torch.float32, timer)
+    assert timer.calls == calls
 
 
 def test_each_measurement_has_its_floor_and_share() -> None:
