@@ -63,8 +63,8 @@ from mmmamba_cli.devices import pick_device
 from mmmamba_cli.distill.trainer import StepResult, Stopped, train
 from mmmamba_cli.distill.training_state import Progress
 from mmmamba_cli.distributed import World, join_world
-from mmmamba_cli.distributed.failures import ProcessKilled
 from mmmamba_cli.distributed.launcher import launch
+from mmmamba_cli.distributed.process_failures import ProcessKilled
 
 WARMUP = 2
 PROFILED = 1
@@ -99,10 +99,10 @@ class PartGroup:
     deadline: float
 
 
-def train_parts(group: PartGroup) -> None:
+def train_parts(group: PartGroup) -> bool:
     """Train parts one after another, in this process, one of several or alone.
 
-    Process 0 adds each to the file.
+    Process 0 adds each to the file. Returns True, also after the deadline; a failure raises.
     """
     device = next(iter(group.setups.values())).device
     with join_world(device) as world:
@@ -113,11 +113,12 @@ def train_parts(group: PartGroup) -> None:
             if found is None:
                 if world.is_main:
                     print(f"{part.name} stopped: no time left", file=sys.stderr)
-                return
+                break
             if world.is_main:
                 group.file.add(part.name, {**asdict(part), "length": setup.length, **found})
                 group.file.result["ratios"] = ratios(group.file.parts)
                 group.file.write()
+        return True
 
 
 def train_part(setup: StageSetup, world: World) -> dict[str, Any] | None:
@@ -260,7 +261,7 @@ def run_parts(
     waiting = {part: make_setup(given, part, work, deadline) for part in parts}
     while waiting and time.time() <= deadline:
         group = PartGroup(waiting, file, deadline)
-        is_finished = attempt("parts", lambda: launch(train_parts, group, parts[0].gpus) or True)  # noqa: B023
+        is_finished = attempt("parts", partial(launch, train_parts, group, parts[0].gpus))
         file.read()
         left = [part for part in waiting if part.name not in file.parts]
         # The first of those that are left has failed.

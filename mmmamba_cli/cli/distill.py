@@ -236,8 +236,8 @@ def _check_restarts(max_restarts: int, processes: int, restart: bool) -> None:
 
 def _launch(job: DistillCommand, processes: int, max_restarts: int) -> list[Manifest] | None:
     """Train in several processes, and again from the last state if one of them is killed."""
-    from mmmamba_cli.distributed.failures import ProcessKilled
     from mmmamba_cli.distributed.launcher import launch
+    from mmmamba_cli.distributed.process_failures import ProcessKilled
 
     print_line(f"starting {processes} processes", to_stderr=True)
     restarts = 0

@@ -31,7 +31,7 @@ from torch.distributed.elastic.multiprocessing import (
     start_processes,
 )
 
-from mmmamba_cli.distributed.failures import (
+from mmmamba_cli.distributed.process_failures import (
     ProcessFailure,
     process_failure,
     root_cause,

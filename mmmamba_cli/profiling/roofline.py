@@ -72,9 +72,9 @@ def roofline_seconds(cost: Cost, roofline: RooflinePart) -> float:
 
 def _median(work: Callable[[], object], timer: DeviceTimer) -> float:
     work()
-    second = timer.seconds(work)
-    if second > LONG_SECONDS:
-        return second
+    seconds = timer.seconds(work)
+    if seconds > LONG_SECONDS:
+        return seconds
     for _ in range(WARM_UPS - 2):
         work()
     return statistics.median(timer.seconds(work) for _ in range(REPEATS))

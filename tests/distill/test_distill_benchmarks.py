@@ -260,9 +260,9 @@ def test_parts_go_on_behind_one_that_fails(
     monkeypatch.setattr(scale_distill, "train_part", train_part)
     launches: list[list[str]] = []
 
-    def launch(work: Any, group: Any, processes: int) -> None:
+    def launch(work: Any, group: Any, processes: int) -> Any:
         launches.append([part.stage for part in group.setups])
-        work(group)
+        return work(group)
 
     monkeypatch.setattr(scale_distill, "launch", launch)
     words = ["--rows", "1", "--gpus", "1", *TINY, "--out", str(tmp_path / "scale.json")]

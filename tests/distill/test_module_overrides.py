@@ -104,7 +104,7 @@ def test_norms_of_the_text_decoder_are_overridden_once(as_on_a_gpu: list[Any]) -
     assert text_decoder(other).norm.forward.args[0] is text_decoder(other).norm
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the fused norm wants a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the fused norm needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", sorted(RMS_NORMS))
 def test_norms_on_a_gpu(name: str, dtype: torch.dtype) -> None:

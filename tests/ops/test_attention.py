@@ -191,7 +191,7 @@ def learned(shape: tuple[int, ...], dtype: torch.dtype, backend: str, way: str) 
     return [y.detach(), *gradients]
 
 
-@pytest.mark.skipif(not GPU, reason="FlashAttention wants a GPU")
+@pytest.mark.skipif(not GPU, reason="FlashAttention needs a GPU")
 @pytest.mark.parametrize("way", ["causal", "padded", "packed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -202,7 +202,7 @@ def test_flash_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype, 
         assert float((ours.double() - right).norm() / right.norm()) < 1e-2
 
 
-@pytest.mark.skipif(not GPU, reason="memory-efficient attention wants a GPU")
+@pytest.mark.skipif(not GPU, reason="memory-efficient attention needs a GPU")
 @pytest.mark.parametrize("way", ["causal", "padded", "packed"])
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 4, 1, 300, 20)])
 def test_efficient_equals_the_reference(shape: tuple[int, ...], way: str) -> None:
@@ -213,7 +213,7 @@ def test_efficient_equals_the_reference(shape: tuple[int, ...], way: str) -> Non
         assert float((ours.double() - right).norm() / right.norm()) < 1e-3
 
 
-@pytest.mark.skipif(not GPU, reason="memory-efficient attention wants a GPU")
+@pytest.mark.skipif(not GPU, reason="memory-efficient attention needs a GPU")
 def test_efficient_stores_no_scores() -> None:
     *inputs, dy = problem((1, 16, 8, 8192, 64), torch.float32)
     leaves = [x.detach().requires_grad_() for x in inputs]
@@ -226,7 +226,7 @@ def test_efficient_stores_no_scores() -> None:
     assert torch.cuda.max_memory_allocated() - before < 2**30
 
 
-@pytest.mark.skipif(not GPU, reason="the kernels want a GPU")
+@pytest.mark.skipif(not GPU, reason="the kernels need a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("way", ["causal", "padded", "packed"])
 def test_gradients_are_deterministic(way: str, dtype: torch.dtype) -> None:
@@ -239,7 +239,7 @@ def test_gradients_are_deterministic(way: str, dtype: torch.dtype) -> None:
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
-@pytest.mark.skipif(not GPU, reason="FlashAttention wants a GPU")
+@pytest.mark.skipif(not GPU, reason="FlashAttention needs a GPU")
 def test_auto_uses_a_varlen_kernel_for_varlen_and_for_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

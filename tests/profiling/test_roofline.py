@@ -105,8 +105,8 @@ def test_roofline_is_the_longer_of_bytes_and_operations() -> None:
     assert roofline_seconds(Cost(bytes=5000, operations=200), RATES) == 20
 
 
-class Metronome(CPUTimer):
-    """Everything takes as long."""
+class FixedTimer(CPUTimer):
+    """Every call takes `duration` seconds."""
 
     def __init__(self, duration: float):
         super().__init__()
@@ -120,14 +120,14 @@ class Metronome(CPUTimer):
 
 
 def test_rates_are_measured_on_the_device() -> None:
-    found = measure_roofline(torch.device("cpu"), torch.float32, Metronome(2.0))
+    found = measure_roofline(torch.device("cpu"), torch.float32, FixedTimer(2.0))
     assert found.copy_rate == found.size
     assert found.matmul_rate == found.side**3
 
 
 @pytest.mark.parametrize(("duration", "calls"), [(0.25, 2 * 8), (2.0, 2 * 1)])
 def test_a_long_copy_or_product_is_not_repeated(duration: float, calls: int) -> None:
-    timer = Metronome(duration)
+    timer = FixedTimer(duration)
     measure_roofline(torch.device("cpu"), torch.float32, timer)
     assert timer.calls == calls
 

@@ -83,8 +83,8 @@ def attention(
             f"attention: {q.shape[2]} queries and {k.shape[2]} keys, expected as many of both"
         )
     if backend == "auto":
-        is_fused = varlen is not None or (is_causal and needs_grad(q, k, v))
-        backend = (_varlen_backend(q) if is_fused else None) or "sdpa"
+        prefers_kernel = varlen is not None or (is_causal and needs_grad(q, k, v))
+        backend = (_varlen_backend(q) if prefers_kernel else None) or "sdpa"
     attend = get_backend("attention", backend, ATTENTION_BACKENDS)
     return attend(q, k, v, is_causal=is_causal, mask=mask, varlen=varlen)
 

@@ -17,7 +17,7 @@ from mmmamba_cli.ops.attention.flash import autocast_dtype
 from mmmamba_cli.ops.attention.varlen import VarlenMetadata
 
 HEAD_DIM_MULTIPLE, MAX_HEAD_DIM = 4, 256
-# PyTorch's name for a causal mask whose diagonal begins at the upper left.
+# PyTorch's number of a causal mask that is aligned at the upper left.
 CAUSAL = 1
 
 

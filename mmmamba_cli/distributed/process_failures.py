@@ -1,4 +1,4 @@
-"""How launched processes ended: errors that they report, the first cause, signals."""
+"""Failures of launched processes: their errors, the cause of all, and whether one was killed."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def root_cause(failures: list[ProcessFailure], exits: dict[int, Any]) -> BaseExc
 
 
 def was_killed(pids: Iterable[int]) -> bool:
-    """Whether a signal has ended one of these children; it stays to be waited for."""
+    """Whether a signal has ended one of these child processes. Does not reap them."""
     # Python has no waitid on macOS before 3.13.
     return hasattr(os, "waitid") and any(_ended_by_signal(pid) for pid in pids)
 
