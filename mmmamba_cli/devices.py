@@ -37,16 +37,21 @@ class OutOfMemory(Exception):
 def pick_device(name: str | torch.device | None = None) -> torch.device:
     """The device for a command; for None, CUDA if available, else CPU.
 
+    On CUDA, fp32 convolutions of this process use fp32 from then on, not TF32, PyTorch's default.
+
     Raises `MmmambaError` for an unknown name or a device that is not available.
     """
     import torch
 
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = _parse_device(name)
     if device.type not in COMMAND_DEVICES:
         raise MmmambaError(f"device {str(name)!r} cannot be used", DEVICE_HINT)
-    return check_device(device)
+    device = check_device(device)
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+    return device
 
 
 def check_device(name: str | int | torch.device) -> torch.device:

@@ -92,7 +92,7 @@ class CallInputs:
             found = self._known_varlen(batch, length)
             if found is not None:
                 ends = found.cu_seqlens.to(device, non_blocking=True)
-                found = VarlenMetadata(ends, found.max_seqlen)
+                found = found._replace(cu_seqlens=ends)
             self._varlen[key] = found
         return self._varlen[key]
 

@@ -204,7 +204,7 @@ def test_flash_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype, 
 
 @pytest.mark.skipif(not GPU, reason="memory-efficient attention needs a GPU")
 @pytest.mark.parametrize("way", ["causal", "padded", "packed"])
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 4, 1, 300, 20)])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 4, 1, 300, 20), (2, 4, 4, 5000, 32)])
 def test_efficient_equals_the_reference(shape: tuple[int, ...], way: str) -> None:
     found = learned(shape, torch.float32, "efficient", way)
     expected = learned(shape, torch.float64, "reference", way)
@@ -223,7 +223,7 @@ def test_efficient_stores_no_scores() -> None:
     y = attention(*leaves, varlen=varlen)
     torch.autograd.grad(y, leaves, dy)
     # The scores of all heads alone are 4 GiB.
-    assert torch.cuda.max_memory_allocated() - before < 2**30
+    assert torch.cuda.max_memory_allocated() - before < 1.5 * 2**30
 
 
 @pytest.mark.skipif(not GPU, reason="the kernels need a GPU")

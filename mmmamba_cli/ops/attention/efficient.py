@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.ops.attention.flash import autocast_dtype
+from mmmamba_cli.ops.attention.key_chunks import KeyChunks, chunked_gradients, key_chunks
 from mmmamba_cli.ops.attention.varlen import VarlenMetadata
 
 HEAD_DIM_MULTIPLE, MAX_HEAD_DIM = 4, 256
+# Gradients of q, k and v.
+Gradients = tuple[Tensor, Tensor, Tensor]
 # PyTorch's number of a causal mask that is aligned at the upper left.
 CAUSAL = 1
 
@@ -61,11 +64,12 @@ def efficient_attention(
     batch, heads, length, _ = q.shape
     q, k, v = (_per_query_head(x, heads).transpose(1, 2) for x in (q, k, v))
     if varlen is None:
-        y: Tensor = _Efficient.apply(q, k, v, None, length)
+        bounds = tuple(range(0, batch * length + 1, length))
+        y: Tensor = _Efficient.apply(q, k, v, None, length, bounds)
     else:
         # The kernel reads the sequences of one long row.
         flat = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v))
-        y = _Efficient.apply(*flat, varlen.cu_seqlens, varlen.max_seqlen)
+        y = _Efficient.apply(*flat, varlen.cu_seqlens, varlen.max_seqlen, varlen.bounds)
         y = y.squeeze(0).unflatten(0, (batch, length))
     return y.transpose(1, 2)
 
@@ -80,12 +84,19 @@ def _per_query_head(x: Tensor, heads: int) -> Tensor:
 class _Efficient(torch.autograd.Function):
     """Causal attention of q, k, v (B, T, H, P).
 
-    With `cu_seqlens` (N + 1,), B = 1 and the N sequences follow one another.
+    With `cu_seqlens` (N + 1,), B = 1 and the N sequences follow one another. `bounds` are the
+    boundaries of the sequences among all B * T columns.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int,
+        bounds: tuple[int, ...],
     ) -> Tensor:
         # max_seqlen is an argument only beside cu_seqlens.
         longest = None if cu_seqlens is None else max_seqlen
@@ -93,17 +104,50 @@ class _Efficient(torch.autograd.Function):
             q, k, v, None, cu_seqlens, cu_seqlens, longest, longest, 0.0, CAUSAL, True
         )
         ctx.save_for_backward(q, k, v, y, logsumexp, cu_seqlens, *random)
-        ctx.max_seqlen = max_seqlen
+        ctx.max_seqlen, ctx.bounds = max_seqlen, bounds
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, logsumexp, cu_seqlens, *random = ctx.saved_tensors
-        max_seqlen = ctx.max_seqlen
-        # One split of the keys, so that the gradient of q is a sum in a fixed order. A sequence and
-        # head is then the work of one block: a few long sequences leave most of the GPU idle.
-        *gradients, _ = torch.ops.aten._efficient_attention_backward(
-            dy.contiguous(), q, k, v, None, y, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-            logsumexp, 0.0, *random, CAUSAL, False, num_splits_key=1,
-        )  # fmt: skip
-        return *gradients, None, None
+        chunks = key_chunks(ctx.bounds, q.device)
+        if chunks is None:
+            ends, longest = (cu_seqlens, cu_seqlens), (ctx.max_seqlen, ctx.max_seqlen)
+            dy = dy.contiguous()
+            whole = _gradients(dy, q, k, v, y, ends, longest, logsumexp, random)
+            return *whole, None, None, None
+
+        def kernel(
+            dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, chunks: KeyChunks, lse: Tensor
+        ) -> Gradients:
+            ends = chunks.cu_queries, chunks.cu_keys
+            longest = chunks.max_queries, chunks.max_keys
+            dy, q, k, v, y = (x.unsqueeze(0) for x in (dy, q, k, v, y))
+            dq, dk, dv = _gradients(dy, q, k, v, y, ends, longest, lse, random)
+            return dq.squeeze(0), dk.squeeze(0), dv.squeeze(0)
+
+        rows = q.shape[:2]
+        dy, q, k, v, y = (x.flatten(0, 1) for x in (dy, q, k, v, y))
+        flat = chunked_gradients(kernel, dy, q, k, v, y, chunks, logsumexp)
+        return *(x.unflatten(0, rows) for x in flat), None, None, None
+
+
+def _gradients(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    cu_seqlens: tuple[Tensor | None, Tensor | None],
+    max_seqlens: tuple[int, int],
+    logsumexp: Tensor,
+    random: list[Tensor],
+) -> Gradients:
+    """Gradients of q, k and v, all (B, T, H, P); the pairs are of the queries and of the keys."""
+    # One split of the keys, so that the gradient of q is a sum in a fixed order. A sequence and
+    # head is then the work of one block.
+    dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
+        dy, q, k, v, None, y, *cu_seqlens, *max_seqlens, logsumexp, 0.0, *random, CAUSAL, False,
+        num_splits_key=1,
+    )  # fmt: skip
+    return dq, dk, dv

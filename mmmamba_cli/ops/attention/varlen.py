@@ -15,10 +15,12 @@ class VarlenMetadata(NamedTuple):
     cu_seqlens: (N + 1,) int32; sequence n is columns cu_seqlens[n] to cu_seqlens[n + 1]. A run of
         padding counts as a sequence.
     max_seqlen: length of the longest sequence in columns.
+    bounds: the values of cu_seqlens.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
+    bounds: tuple[int, ...]
 
     def mask(self, rows: int) -> Tensor:
         """The equivalent attention mask (B, 1, T, T) bool, True where a query may attend."""
@@ -51,7 +53,7 @@ def varlen_metadata(mask: Tensor | None, seq_idx: Tensor | None) -> VarlenMetada
     starts = begins.flatten().nonzero().flatten()
     cu_seqlens = torch.cat((starts, torch.tensor([rows * length])))
     max_seqlen = int(cu_seqlens.diff().max())
-    return VarlenMetadata(cu_seqlens.int().to(device), max_seqlen)
+    return VarlenMetadata(cu_seqlens.int().to(device), max_seqlen, tuple(cu_seqlens.tolist()))
 
 
 def _sequence_ids(mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
