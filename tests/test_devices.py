@@ -96,3 +96,12 @@ def test_cpu_memory_is_checked_before_allocation() -> None:
     with pytest.raises(OutOfMemory, match=r"a cache of 9 columns needs 1048576\.0 GiB"):
         require_memory(torch.device("cpu"), 2**50, "a cache of 9 columns")
     require_memory(torch.device("cpu"), 2**10, "little")
+
+
+def test_convolutions_of_commands_on_cuda_do_not_use_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    gpus(monkeypatch, 1)
+    pick_device("cpu")
+    assert torch.backends.cudnn.allow_tf32
+    pick_device("cuda")
+    assert not torch.backends.cudnn.allow_tf32
