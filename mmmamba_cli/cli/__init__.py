@@ -13,6 +13,8 @@ from mmmamba_cli.interrupts import INTERRUPTED, is_interrupted
 
 # How messages of torch begin; its handler of SIGCHLD raises the error anywhere in this process.
 KILLED_WORKER = "DataLoader worker (pid"
+# Its names of signals of a crash in native code, which is a bug and keeps its traceback.
+CRASHES = ("Aborted", "Segmentation fault", "Illegal instruction", "Floating point exception")
 EXIT_BUG, EXIT_USER_ERROR = 1, 2
 JSON_OPTION = "--json"
 
@@ -70,7 +72,7 @@ def user_error(error: OSError) -> MmmambaError | None:
 
 def library_error(error: Exception) -> MmmambaError | None:
     """The message for packages that do not match or a killed process of a `DataLoader`, or None."""
-    if isinstance(error, RuntimeError) and str(error).startswith(KILLED_WORKER):
+    if _is_killed_worker(error):
         return MmmambaError(
             "a process that prepares data was killed, often because memory ran out",
             "start again with fewer --workers (of training: data.workers)",
@@ -79,6 +81,14 @@ def library_error(error: Exception) -> MmmambaError | None:
 
     problem = torchvision_problem(error)
     return None if problem is None else MmmambaError(f"torchvision {problem}", TORCHVISION_REMEDY)
+
+
+def _is_killed_worker(error: Exception) -> bool:
+    if not isinstance(error, RuntimeError) or not str(error).startswith(KILLED_WORKER):
+        return False
+    # "exited unexpectedly" is raised from the error that names the signal.
+    text = f"{error} {error.__cause__}"
+    return not any(crash in text for crash in CRASHES)
 
 
 def escape_unencodable_output() -> None:

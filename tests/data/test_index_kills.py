@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +119,18 @@ def test_a_full_disk(builder: Builder, mmmamba: Command, monkeypatch: pytest.Mon
     assert sorted(builder.folder.iterdir()) == before
 
 
-def killed_process(number: int) -> int:
+def killed_process(number: int, signal_number: int = signal.SIGKILL) -> int:
     if number == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal_number)
     return number
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGABRT, signal.SIGSEGV])
+def test_a_crashed_worker_is_a_bug(signal_number: int) -> None:
+    crash = partial(killed_process, signal_number=signal_number)
+    with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
+        list(map_in_workers(crash, range(6), 2))
+    assert library_error(caught.value) is None
 
 
 def test_a_killed_worker_is_one_sentence() -> None:
