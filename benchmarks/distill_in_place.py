@@ -1,14 +1,15 @@
 """Distillation of Qwen3-VL of 2 and 8 B parameters on one GPU, beside that of HoVLE-2.6B.
 
     python benchmarks/distill_in_place.py [--only 'qwen3-vl-2b-*,hovle-*'] [--rows 4]
-        [--length 8192] [--micro-rows 1] [--steps 4] [--minutes 9] [--out FILE] [--tiny]
+        [--length 8192] [--micro-rows 1] [--packed] [--steps 4] [--minutes 9] [--out FILE] [--tiny]
 
 Random weights in the shapes of the published models, trained by the trainer of `mmmamba distill`
 with the stages of the recipe qwen3-vl-hybrid (HoVLE: mmmamba-linear). A step has --rows rows,
 --micro-rows of them in a micro batch; `auto` gives it as many as `accumulation: auto` does. Half of
 a row's tokens are four pictures, which run through the vision tower, and 512 tokens are answers;
 HoVLE, which has no tower, gets texts, all of whose tokens are scored. Rows of Qwen3-VL are in
-memory beforehand: the wait for data is not measured.
+memory beforehand: the wait for data is not measured. A row of Qwen3-VL is one conversation, or with
+--packed four, one for each picture.
 
 Parts are MODEL-STAGE, and MODEL-stage3-VARIANT with checkpointing: auto: `auto` changes nothing
 else, `lora` puts adapters on q, k and v, and all weights learn of the upper half of the text layers
@@ -141,6 +142,7 @@ def make_job(
         steps=steps,
         folder=folder,
         tiny=given.tiny,
+        packed=given.packed,
     )
     job, memory = random_qwen3_vl.make_job(qwen, world)
     return job, {"estimated_gib": round(memory.total / GIB, 2)}
@@ -211,6 +213,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
             file.result["device_gib"] = round(total / GIB, 2)
         # One row a micro batch, as in older files, has no suffix.
         suffix = f"-micro-{given.micro_rows}" if given.micro_rows != 1 else ""
+        suffix += "-packed" if given.packed else ""
         parts = {part.name + suffix: part for part in parts_of(given.only)}
         sizes = {"rows": given.rows, "length": given.length}
         for name in file.missing(
@@ -233,6 +236,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--micro-rows", type=parse_micro_rows, default=1)
+    parser.add_argument("--packed", action="store_true")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--device")
@@ -242,6 +246,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_args(words)
     if not parts_of(given.only):
         parser.error(f"--only {given.only}: no part has such a name")
+    if given.packed and any(part.model == HOVLE for part in parts_of(given.only)):
+        parser.error("--packed is for Qwen3-VL: name its parts with --only")
     return given
 
 

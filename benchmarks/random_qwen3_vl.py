@@ -83,7 +83,7 @@ class QwenSetup:
     """A stage of a Qwen3-VL of `size` ("2B", "4B", "8B") to train for a few steps.
 
     A step has `rows` rows, `micro_rows` of them in a micro batch, a number or "auto". `changes` are
-    of the recipe's stage.
+    of the recipe's stage. With `packed` each picture and its text are a conversation of the row.
     """
 
     size: str
@@ -95,6 +95,7 @@ class QwenSetup:
     steps: int
     folder: Path
     tiny: bool = False
+    packed: bool = False
 
 
 def teacher_config(size: str, tiny: bool) -> Any:
@@ -210,12 +211,12 @@ class BatchesInMemory:
         self, config: Any, setup: QwenSetup, stage: Stage, answers: int, device: torch.device
     ):
         rng = torch.Generator().manual_seed(SEED)
-        self._num_rows = setup.rows
+        self._num_samples = setup.rows * (PICTURES if setup.packed else 1)
         # The loader divides the rows of a step by their lengths.
         lengths = [[range(setup.length)] for _ in range(setup.rows)]
         parts = assign_rows(lengths, 0, 1, stage_accumulation(stage))
         micros = (
-            join_rows([make_row(config, setup.length, answers, rng) for _ in part])
+            join_rows([make_row(config, setup.length, answers, rng, setup.packed) for _ in part])
             for part in parts
         )
         is_gpu = device.type == "cuda"
@@ -223,7 +224,7 @@ class BatchesInMemory:
 
     def step(self, step: int) -> StepBatches:
         """The batches of one step."""
-        return StepBatches(step, self._micros, (), self._num_rows)
+        return StepBatches(step, self._micros, (), self._num_samples)
 
     def steps(self, first: int, stop: int) -> Iterator[StepBatches]:
         """The batches of steps `first` to `stop` - 1."""
@@ -235,16 +236,24 @@ def join_rows(rows: Sequence[ModelBatch]) -> ModelBatch:
     return ModelBatch(
         {name: torch.cat([row.inputs[name] for row in rows]) for name in rows[0].inputs},
         torch.cat([row.labels for row in rows]),
-        num_samples=len(rows),
+        num_samples=sum(row.num_samples for row in rows),
         num_tokens=sum(row.num_tokens for row in rows),
         names=tuple(name for row in rows for name in row.names),
+        seq_idx=(
+            None
+            if rows[0].seq_idx is None
+            else torch.cat([row.seq_idx for row in rows if row.seq_idx is not None])
+        ),
     )
 
 
-def make_row(config: Any, length: int, answers: int, rng: torch.Generator) -> ModelBatch:
+def make_row(
+    config: Any, length: int, answers: int, rng: torch.Generator, packed: bool = False
+) -> ModelBatch:
     """One row of `length` tokens: pictures, each before a text that ends with answer tokens.
 
-    `answers` are those of the row.
+    `answers` are those of the row. The row is one conversation, or with `packed` one for each
+    picture.
     """
     vision, text = config.vision_config, config.text_config
     side = math.isqrt(length // (2 * PICTURES))
@@ -268,4 +277,7 @@ def make_row(config: Any, length: int, answers: int, rng: torch.Generator) -> Mo
         "image_grid_thw": grid.expand(PICTURES, -1).contiguous(),
     }
     assert text.vocab_size > max(special)
-    return ModelBatch(inputs, labels, num_samples=1, num_tokens=length, names=("random",))
+    # Tokens behind the last picture's part belong to its conversation.
+    seq_idx = (torch.arange(length) // part).clamp(max=PICTURES - 1)[None] if packed else None
+    count = PICTURES if packed else 1
+    return ModelBatch(inputs, labels, count, length, names=("random",) * count, seq_idx=seq_idx)

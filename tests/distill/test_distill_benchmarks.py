@@ -151,6 +151,24 @@ def test_models_in_place_beside_hovle(benchmarks: None, tmp_path: Path) -> None:
     assert stage3["recomputation"]["layers"] == 0
 
 
+def test_packed_rows_of_pictures_are_conversations_of_their_own(
+    benchmarks: None, tmp_path: Path
+) -> None:
+    import distill_in_place
+
+    common = ["--rows", "2", "--micro-rows", "auto", "--steps", "1", "--length", "64", "--tiny"]
+    common += ["--device", "cpu", "--only", "qwen3-vl-2b-stage1"]
+    parts = {}
+    for name, words in (("", []), ("-packed", ["--packed"])):
+        found = distill_in_place.main([*common, *words])["parts"]
+        parts[name] = found[f"qwen3-vl-2b-stage1-micro-auto{name}"]
+    assert parts["-packed"]["micro_batch_rows"] == [2]
+    # Attention of a picture sees less, so that its outputs differ.
+    assert parts["-packed"]["losses"][0] != pytest.approx(parts[""]["losses"][0], rel=1e-3)
+    with pytest.raises(SystemExit):
+        distill_in_place.parse(["--packed"])
+
+
 def test_rows_of_pictures_are_what_the_model_reads(benchmarks: None) -> None:
     import random_qwen3_vl
     import torch
