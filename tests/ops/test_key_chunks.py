@@ -71,7 +71,8 @@ def test_gradients_equal_autograd(
 
 
 def test_short_sequences_have_no_chunks() -> None:
-    assert key_chunks((0, 512, 700), CPU) is None
+    for bounds in ((0, 512, 700), (0, 0), (0,)):
+        assert key_chunks(bounds, CPU) is None
     chunks = key_chunks((0, 513, 700), CPU)
     assert chunks is not None
     assert chunks.cu_keys.tolist() == [0, 512, 513, 700]

@@ -64,7 +64,7 @@ def efficient_attention(
     batch, heads, length, _ = q.shape
     q, k, v = (_per_query_head(x, heads).transpose(1, 2) for x in (q, k, v))
     if varlen is None:
-        bounds = tuple(range(0, batch * length + 1, length))
+        bounds = tuple(length * row for row in range(batch + 1))
         y: Tensor = _Efficient.apply(q, k, v, None, length, bounds)
     else:
         # The kernel reads the sequences of one long row.

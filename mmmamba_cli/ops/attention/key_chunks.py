@@ -50,7 +50,7 @@ class KeyChunks(NamedTuple):
 def key_chunks(bounds: tuple[int, ...], device: torch.device) -> KeyChunks | None:
     """The chunks of sequences from `bounds[n]` to `bounds[n + 1]`; None if all are short."""
     lengths = torch.tensor(bounds).diff()
-    if int(lengths.max()) <= CHUNK:
+    if not (lengths > CHUNK).any():
         return None
     # A multiple of 64, the columns of a block of the kernel.
     size = torch.clamp(-(-lengths // MOST) + 63, min=CHUNK) // 64 * 64
