@@ -45,8 +45,8 @@ def kernel(
 def test_gradients_equal_autograd(
     lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK", 64)
-    monkeypatch.setattr(module, "MOST", 3)
+    monkeypatch.setattr(module, "CHUNK_SIZE", 64)
+    monkeypatch.setattr(module, "MAX_CHUNKS", 3)
     bounds = tuple(torch.tensor((0, *lengths)).cumsum(0).tolist())
     key_chunks.cache_clear()
     chunks = key_chunks(bounds, CPU)

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Keys of a chunk; longer for sequences of more than MOST * CHUNK columns, whose queries would
-# otherwise be copied more than (MOST + 1) / 2 times.
-CHUNK, MOST = 512, 8
+# Keys of a chunk. Chunks are longer for sequences of more than MAX_CHUNKS * CHUNK_SIZE columns,
+# whose queries would otherwise be copied more than (MAX_CHUNKS + 1) / 2 times.
+CHUNK_SIZE, MAX_CHUNKS = 512, 8
 # The kernels read logsumexp in rows of a multiple of this length.
 LOGSUMEXP_MULTIPLE = 32
 
@@ -50,10 +50,10 @@ class KeyChunks(NamedTuple):
 def key_chunks(bounds: tuple[int, ...], device: torch.device) -> KeyChunks | None:
     """The chunks of sequences from `bounds[n]` to `bounds[n + 1]`; None if all are short."""
     lengths = torch.tensor(bounds).diff()
-    if not (lengths > CHUNK).any():
+    if not (lengths > CHUNK_SIZE).any():
         return None
     # A multiple of 64, the columns of a block of the kernel.
-    size = torch.clamp(-(-lengths // MOST) + 63, min=CHUNK) // 64 * 64
+    size = torch.clamp(-(-lengths // MAX_CHUNKS) + 63, min=CHUNK_SIZE) // 64 * 64
     count = torch.clamp(-(-lengths // size), min=1)
     sequences = torch.arange(len(lengths)).repeat_interleave(count)
     rank = _positions(count)
