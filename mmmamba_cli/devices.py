@@ -37,7 +37,7 @@ class OutOfMemory(Exception):
 def pick_device(name: str | torch.device | None = None) -> torch.device:
     """The device for a command; for None, CUDA if available, else CPU.
 
-    On CUDA, fp32 convolutions of this process use fp32 from then on, not TF32, PyTorch's default.
+    On CUDA it turns off TF32, PyTorch's default, for fp32 convolutions of this process.
 
     Raises `MmmambaError` for an unknown name or a device that is not available.
     """

@@ -43,7 +43,7 @@ def map_in_workers(
         worker_init_fn=_ignore_signals,
         multiprocessing_context=_start_method(),
     )
-    with block_interrupts(), _inherited_objects_frozen():
+    with block_interrupts(), _frozen_objects():
         running = iter(loader)
     # At exit Python sends SIGTERM to workers, which ignore it, and waits: shut them down first.
     # torch does so when the iterator is collected, which a traceback may delay.
@@ -79,17 +79,17 @@ def _start_method() -> str | None:
     In a process that was itself spawned the default is `spawn`: each worker then imports torch and
     receives the corpus as a pickle, one after the other, which takes minutes. A fork of a process
     with a CUDA context is safe if it never calls CUDA: workers compute on the CPU, and
-    `_inherited_objects_frozen` keeps their garbage collector from freeing inherited GPU tensors.
+    `_frozen_objects` keeps their garbage collector from freeing inherited GPU tensors.
     """
     return "fork" if sys.platform == "linux" else None
 
 
 @contextmanager
-def _inherited_objects_frozen() -> Iterator[None]:
+def _frozen_objects() -> Iterator[None]:
     """Exclude the objects of this process from the garbage collector of processes forked here.
 
-    A GPU tensor in a reference cycle that nothing refers to, such as a part of the model of an
-    earlier stage, would be collected by a worker, which aborts: its CUDA context is not usable.
+    A worker would free GPU tensors in unreachable reference cycles, such as those of the model of
+    an earlier stage. CUDA does not work in a forked process, so the worker would abort.
     """
     gc.freeze()
     try:

@@ -1,4 +1,4 @@
-"""Worker processes of `map_in_workers`: what they inherit from the process that starts them."""
+"""`map_in_workers`: garbage collection in its worker processes."""
 
 import gc
 import os
@@ -10,8 +10,8 @@ import pytest
 from mmmamba_cli.data.parallel_map import map_in_workers
 
 
-class Cycle:
-    """An object that refers to itself, and writes the process in which it is finalized."""
+class CyclicObject:
+    """An object that refers to itself. Its finalizer writes the id of its process to a file."""
 
     def __init__(self, log: Path):
         self.log, self.itself = log, self
@@ -21,7 +21,7 @@ class Cycle:
             handle.write(f"{os.getpid()}\n")
 
 
-def collected(number: int) -> int:
+def collect_garbage(number: int) -> int:
     gc.collect()
     return number
 
@@ -31,8 +31,8 @@ def test_workers_do_not_collect_garbage_of_the_parent(tmp_path: Path) -> None:
     log = tmp_path / "finalized"
     gc.disable()
     try:
-        Cycle(log)
-        assert list(map_in_workers(collected, range(4), 2)) == [0, 1, 2, 3]
+        CyclicObject(log)
+        assert list(map_in_workers(collect_garbage, range(4), 2)) == [0, 1, 2, 3]
         assert not log.exists()
     finally:
         gc.enable()

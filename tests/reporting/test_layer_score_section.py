@@ -12,6 +12,7 @@ from mmmamba_cli.layer_selection import LayerScore, LayerScores
 from mmmamba_cli.layer_selection.layer_scores import file_digest, write_layer_scores
 from mmmamba_cli.reporting import build_page, read_report_data
 from mmmamba_cli.reporting.layer_scores import write_score_picture
+from mmmamba_cli.reporting.svg_file import COLOURS
 
 Full = tuple[Path, Path, Path]
 
@@ -71,6 +72,7 @@ def test_the_picture_stands_alone(tmp_path: Path) -> None:
     write_score_picture(tmp_path / "a.svg", "Scores <of> layers", SCORES, (2,))
     text = (tmp_path / "a.svg").read_text()
     Balanced(text)
-    # Two bars, the legend and the ground.
+    # Three bars and the ground.
     assert text.count("<rect") == 4
+    assert "var(" not in text and COLOURS["s0"] in text
     assert "Scores &lt;of&gt; layers" in text

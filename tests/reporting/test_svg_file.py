@@ -1,4 +1,4 @@
-"""Pictures as files of their own: legible in programs that are no browser."""
+"""SVG files of charts: colours and ground, rendered without a browser."""
 
 from __future__ import annotations
 

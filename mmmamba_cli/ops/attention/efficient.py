@@ -143,7 +143,7 @@ def _gradients(
     logsumexp: Tensor,
     random: list[Tensor],
 ) -> Gradients:
-    """Gradients of q, k and v, all (B, T, H, P); the pairs are of the queries and of the keys."""
+    """Gradients of q, k, v (B, T, H, P). `cu_seqlens`, `max_seqlens`: of queries and of keys."""
     # One split of the keys, so that the gradient of q is a sum in a fixed order. A sequence and
     # head is then the work of one block.
     dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(

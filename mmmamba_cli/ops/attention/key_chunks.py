@@ -1,9 +1,11 @@
-"""Gradients of causal attention over chunks of the keys, for kernels with one block a sequence.
+"""Gradients of causal attention, computed over chunks of the keys.
 
-A kernel whose block computes the gradients of a whole sequence and head leaves most of a GPU idle
-for a few long sequences. Here a long sequence is cut into chunks of keys, and each chunk with the
-queries from its first position on is a sequence of its own. The gradient of a query is the sum over
-its chunks in a fixed order. Legend: M columns of N sequences, C chunks, M' queries of all chunks,
+Some kernels compute the gradients of a sequence and head in one block, so that a few long sequences
+leave most of a GPU idle. This module splits the keys of a long sequence into chunks. The kernel
+receives each chunk as a sequence, with the queries from the chunk's first position on. The gradient
+of a query is the sum over the chunks, in a fixed order.
+
+Legend: M columns of N sequences, C chunks, M' queries of all chunks,
 H heads, P head dim, T the longest sequence.
 """
 
@@ -109,7 +111,7 @@ def chunked_gradients(
 
 
 def chunk_logsumexp(logsumexp: Tensor, chunks: KeyChunks) -> Tensor:
-    """logsumexp (N, H, T) of sequences -> (C, H, T') of chunks, infinite behind their queries."""
+    """logsumexp (N, H, T) of sequences -> (C, H, T') of chunks, infinite after their queries."""
     width = -(-chunks.max_queries // LOGSUMEXP_MULTIPLE) * LOGSUMEXP_MULTIPLE
     positions = torch.arange(width, device=logsumexp.device)
     lengths = chunks.cu_queries.diff()
@@ -121,7 +123,7 @@ def chunk_logsumexp(logsumexp: Tensor, chunks: KeyChunks) -> Tensor:
 
 
 def _sum_of_chunks(partial: Tensor, chunks: KeyChunks) -> Tensor:
-    """(M', H, P) -> (M, H, P). A rank has a query at most once, so the sum is in order."""
+    """(M', H, P) -> (M, H, P). A rank contains a query at most once: the order is fixed."""
     # The first chunks of the sequences have every column.
     rows, _ = chunks.ranks[0]
     total = partial.index_select(0, rows)
