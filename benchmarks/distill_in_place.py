@@ -1,7 +1,8 @@
 """Distillation of Qwen3-VL of 2 and 8 B parameters on one GPU, beside that of HoVLE-2.6B.
 
     python benchmarks/distill_in_place.py [--only 'qwen3-vl-2b-*,hovle-*'] [--rows 4]
-        [--length 8192] [--micro-rows 1] [--packed] [--steps 4] [--minutes 9] [--out FILE] [--tiny]
+        [--length 8192] [--micro-rows 1] [--packed] [--sdpa] [--steps 4] [--minutes 9] [--out FILE]
+        [--tiny]
 
 Random weights in the shapes of the published models, trained by the trainer of `mmmamba distill`
 with the stages of the recipe qwen3-vl-hybrid (HoVLE: mmmamba-linear). A step has --rows rows,
@@ -9,7 +10,8 @@ with the stages of the recipe qwen3-vl-hybrid (HoVLE: mmmamba-linear). A step ha
 a row's tokens are four pictures, which run through the vision tower, and 512 tokens are answers;
 HoVLE, which has no tower, gets texts, all of whose tokens are scored. Rows of Qwen3-VL are in
 memory beforehand: the wait for data is not measured. A row of Qwen3-VL is one conversation, or with
---packed four, one for each picture.
+--packed four, one for each picture. With --sdpa its text decoder attends as in transformers, with
+PyTorch's attention and a mask of padded and packed rows, instead of the kernels of distillation.
 
 Parts are MODEL-STAGE, and MODEL-stage3-VARIANT with checkpointing: auto: `auto` changes nothing
 else, `lora` puts adapters on q, k and v, and all weights learn of the upper half of the text layers
@@ -56,6 +58,7 @@ from result_file import ResultFile
 from mmmamba_cli.distill.trainer import StepResult, TrainingJob, train
 from mmmamba_cli.distill.training_state import Progress
 from mmmamba_cli.distributed import World, join_world
+from mmmamba_cli.teachers.anatomy import text_decoder
 
 WARMUP, PROFILED = 2, 1
 STAGES = ("stage1", "stage2", "stage3")
@@ -145,6 +148,9 @@ def make_job(
         packed=given.packed,
     )
     job, memory = random_qwen3_vl.make_job(qwen, world)
+    if given.sdpa:
+        for model in (job.pair.teacher, job.pair.student):
+            text_decoder(model).config._attn_implementation = "sdpa"
     return job, {"estimated_gib": round(memory.total / GIB, 2)}
 
 
@@ -213,7 +219,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
             file.result["device_gib"] = round(total / GIB, 2)
         # One row a micro batch, as in older files, has no suffix.
         suffix = f"-micro-{given.micro_rows}" if given.micro_rows != 1 else ""
-        suffix += "-packed" if given.packed else ""
+        suffix += "-packed" * given.packed + "-sdpa" * given.sdpa
         parts = {part.name + suffix: part for part in parts_of(given.only)}
         sizes = {"rows": given.rows, "length": given.length}
         for name in file.missing(
@@ -237,6 +243,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--micro-rows", type=parse_micro_rows, default=1)
     parser.add_argument("--packed", action="store_true")
+    parser.add_argument("--sdpa", action="store_true")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--device")
@@ -246,8 +253,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_args(words)
     if not parts_of(given.only):
         parser.error(f"--only {given.only}: no part has such a name")
-    if given.packed and any(part.model == HOVLE for part in parts_of(given.only)):
-        parser.error("--packed is for Qwen3-VL: name its parts with --only")
+    for name in ("packed", "sdpa"):
+        if getattr(given, name) and any(part.model == HOVLE for part in parts_of(given.only)):
+            parser.error(f"--{name} is for Qwen3-VL: name its parts with --only")
     return given
 
 

@@ -2,8 +2,9 @@
 
     python benchmarks/qwen3_vl_needs.py [--recipe qwen3-vl-hybrid] [--out FILE]
 
-The numbers are those of `mmmamba distill --dry-run`, without weights and without data: a micro
-batch of `ROWS` rows of the recipe's max_length, each with `ANSWERS` answer tokens. Prints JSON.
+The numbers are those of `mmmamba distill --dry-run`, without weights and without data: a process
+has the largest micro batch of rows of the recipe's max_length, each with `ANSWERS` answer tokens.
+Prints JSON.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ import transformers
 from seed_in_place import TEXT, VISION
 
 import mmmamba_cli
+from mmmamba_cli.distill.micro_batches import rows_at_most
 from mmmamba_cli.distill.stage_disk import estimate_disk, peak_disk, product_bytes
 from mmmamba_cli.distill.stage_memory import MicroBatchSize, estimate_memory
 from mmmamba_cli.distill.stage_shapes import StageShapes, in_place_shapes, trained_before
 from mmmamba_cli.recipe import Recipe, load_recipe, place_attention, stage_data
 from mmmamba_cli.teachers import StudentPlan, student_config
 
-ROWS, ANSWERS = 4, 512
+ANSWERS = 512
 BF16_BYTES = 2
 # From the published config.json of Qwen/Qwen3-VL-4B-Instruct and -8B-Instruct, where they differ
 # from that of 2 B. Attention stays in a quarter of the text layers.
@@ -83,11 +85,13 @@ def needs(linear: StageShapes, recipe: Recipe) -> dict[str, Any]:
     for stage in recipe.stages:
         shapes = hybrid if stage.layers == "planned" else linear
         length = stage.max_length or stage_data(recipe.data, stage).max_length
-        size = MicroBatchSize(ROWS, length, ROWS * ANSWERS)
+        rows = rows_at_most(stage, length, processes=1)
+        size = MicroBatchSize(rows, length, rows * ANSWERS)
         memory = estimate_memory(shapes, stage, size, trained_before(recipe, stage, shapes))
         disk = estimate_disk(shapes, stage, BF16_BYTES, has_held_out=True)
         disks.append(disk)
         stages[stage.name] = {
+            "micro_batch_rows": rows,
             "memory": {**asdict(memory), "total": memory.total},
             "disk": asdict(disk),
         }
@@ -122,7 +126,7 @@ def main() -> None:
         },
         "seed": None,
         "recipe": given.recipe,
-        "micro_batch": {"rows": ROWS, "answer_tokens_a_row": ANSWERS},
+        "answer_tokens_a_row": ANSWERS,
         "models": {name: needs(linear_student(*sizes), recipe) for name, sizes in SIZES.items()},
     }
     text = json.dumps(found, indent=2) + "\n"

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from mmmamba_cli.checkpoint import InPlaceCheckpoint
 from mmmamba_cli.checkpoint.in_place_loader import load_in_place_model
 from mmmamba_cli.data import ModelBatch
+from mmmamba_cli.distill.decoder_attention import override_attention, row_sequences
 from mmmamba_cli.distill.feature_cache import cached_features
 from mmmamba_cli.distill.host_copies import copy_without_wait
 from mmmamba_cli.distill.model_pair import PairPlacement
 from mmmamba_cli.distill.module_overrides import override_modules
 from mmmamba_cli.errors import MmmambaError
+from mmmamba_cli.ops.attention import VarlenMetadata, varlen_metadata
 from mmmamba_cli.teachers import mixers_of, text_config
 from mmmamba_cli.teachers.anatomy import text_decoder
 from mmmamba_cli.teachers.call_arguments import MASK, POSITIONS, call_arguments
@@ -35,11 +37,13 @@ class PreparedCall:
         inputs: keyword arguments of the base model, on its device but for those whose values are
             read.
         on_host: inputs of the batch on the CPU, where reading values waits for no GPU.
+        sequences: of padded or packed rows; None where no row is either, or they are not known.
         features: image features of this batch that one model has computed (`cached_features`).
     """
 
     inputs: Mapping[str, Any]
     on_host: Mapping[str, Tensor]
+    sequences: VarlenMetadata | None = None
     features: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)
 
 
@@ -48,8 +52,8 @@ class InPlacePair:
     """A `ModelPair` of a transformers model and its student.
 
     `prepare` returns the arguments of a forward pass. The tower runs once for both models if it
-    is frozen and the teacher's, else each model runs its own. Modules of the text decoders are
-    overridden (`override_modules`).
+    is frozen and the teacher's, else each model runs its own. Modules and attention of the text
+    decoders are overridden (`override_modules`, `override_attention`).
     """
 
     teacher: Any
@@ -61,6 +65,7 @@ class InPlacePair:
     def __post_init__(self) -> None:
         for model in (self.teacher, self.student):
             override_modules(model)
+            override_attention(model)
 
     @property
     def device(self) -> torch.device:
@@ -124,7 +129,7 @@ class InPlacePair:
             for name, value in {**host.inputs, **found.to_copy}.items():
                 if name in inputs and name in (MASK, POSITIONS):
                     context.remember(inputs[name], value)
-        return PreparedCall(inputs, host.inputs)
+        return PreparedCall(inputs, host.inputs, _sequences(host, device))
 
     @cached_property
     def shares_pictures(self) -> bool:
@@ -139,7 +144,10 @@ class InPlacePair:
 
     def last_hidden(self, model: Any, prepared: PreparedCall) -> Tensor:
         shares = self.shares_pictures
-        with cached_features(model.base_model, prepared.features) if shares else nullcontext():
+        with (
+            cached_features(model.base_model, prepared.features) if shares else nullcontext(),
+            row_sequences(prepared.sequences),
+        ):
             outputs = model.base_model(**prepared.inputs, use_cache=False, return_dict=True)
         hidden: Tensor = outputs.last_hidden_state
         return hidden
@@ -148,6 +156,18 @@ class InPlacePair:
         logits: Tensor = model.get_output_embeddings()(hidden)
         limit = getattr(text_config(model.config), "final_logit_softcapping", None)
         return logits if not limit else torch.tanh(logits / limit) * limit
+
+
+def _sequences(host: ModelBatch, device: torch.device) -> VarlenMetadata | None:
+    """The sequences of the rows of a batch on the CPU, for kernels on `device`."""
+    mask = host.inputs[MASK]
+    if host.seq_idx is None and bool(mask.all()):
+        return None
+    # In packed rows padding is a sequence.
+    found = varlen_metadata(mask if host.seq_idx is None else None, host.seq_idx)
+    if found is None:
+        return None
+    return found._replace(cu_seqlens=copy_without_wait(found.cu_seqlens, device))
 
 
 def _outer_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:

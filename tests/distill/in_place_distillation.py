@@ -122,7 +122,7 @@ def gradients(objective: Objective, pair: InPlacePair, batches: list[ModelBatch]
     for parameter in parameters.values():
         parameter.grad = None
     units = torch.stack([objective.count_units(pair, batch) for batch in batches]).sum(0)
-    weights = objective.term_weights(units)
+    weights = objective.term_weights(units).to(pair.device)
     pair.student.train()
     loss = sum((weights * objective.loss_sums(pair, one, weights)).sum() for one in batches)
     return float(loss), gradient_of(parameters)

@@ -1,0 +1,155 @@
+"""Attention of text decoders in distillation computes what PyTorch's attention with masks does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from in_place_distillation import gradients, make_batch, make_objective, make_stage
+from torch import Tensor
+
+from mmmamba_cli.data import ModelBatch
+from mmmamba_cli.data.model_batch import pack_conversations
+from mmmamba_cli.distill import decoder_attention
+from mmmamba_cli.distill.decoder_attention import IMPLEMENTATION, override_attention, row_sequences
+from mmmamba_cli.ops.attention import varlen_metadata
+from mmmamba_cli.teachers.anatomy import text_decoder
+
+# Multimodal RoPE, positions by columns, and layers with a window that is not reached.
+NAMES = ("qwen3_vl", "qwen2_5_vl", "internvl", "smolvlm", "mistral3")
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """`ops.attention` takes its reference here; the list has the arguments of its calls."""
+    calls: list[dict[str, Any]] = []
+
+    def attention(*args: Tensor, **kwargs: Any) -> Tensor:
+        calls.append(kwargs)
+        return plain(*args, **kwargs)
+
+    plain = decoder_attention.attention
+    monkeypatch.setattr(decoder_attention, "attention", attention)
+    monkeypatch.setattr(decoder_attention, "supports_varlen", lambda _: True)
+    return calls
+
+
+def batches(name: str) -> dict[str, ModelBatch]:
+    """Rows of unequal length, one row, and both in one packed row."""
+    both = make_batch(name)
+    packed = pack_conversations(both, [[0, 1]], FAMILIES[name].tokenizer.pad_token_id)
+    return {"padded": both, "single": make_batch(name, rows=(0,)), "packed": packed}
+
+
+def use(pair: Any, implementation: str) -> None:
+    for model in (pair.teacher, pair.student):
+        text_decoder(model).config._attn_implementation = implementation
+
+
+@pytest.mark.parametrize("rows", ["padded", "single", "packed"])
+@pytest.mark.parametrize("loss", ["mixer-mse", "kl"])
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_and_gradients_are_those_of_pytorchs_attention(
+    name: str, loss: str, rows: str, as_on_a_gpu: list[dict[str, Any]]
+) -> None:
+    objective, pair = make_objective(name, make_stage(loss))
+    batch = batches(name)[rows]
+    found, with_kernels = gradients(objective, pair, [batch])
+    assert as_on_a_gpu
+    assert all(call["is_causal"] == (rows == "single") for call in as_on_a_gpu)
+    assert all((call["varlen"] is None) == (rows == "single") for call in as_on_a_gpu)
+    as_on_a_gpu.clear()
+    use(pair, "sdpa")
+    expected, plain = gradients(objective, pair, [batch])
+    assert not as_on_a_gpu
+    assert found == pytest.approx(expected, rel=1e-9)
+    for key, gradient in plain.items():
+        torch.testing.assert_close(with_kernels[key], gradient, rtol=1e-7, atol=1e-9)
+
+
+def test_recomputed_layers_have_the_sequences_of_their_call(
+    as_on_a_gpu: list[dict[str, Any]],
+) -> None:
+    objective, pair = make_objective("qwen3_vl", make_stage("kl"))
+    several = list(batches("qwen3_vl").values())
+    expected, plain = gradients(objective, pair, several)
+    calls = len(as_on_a_gpu)
+    pair.checkpoint_layers(4)
+    found, again = gradients(objective, pair, several)
+    assert len(as_on_a_gpu) > 2 * calls
+    assert found == pytest.approx(expected, rel=1e-9)
+    for key, gradient in plain.items():
+        torch.testing.assert_close(again[key], gradient, rtol=1e-9, atol=1e-12)
+
+
+class Layer(torch.nn.Module):
+    is_causal = True
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "takes_kernel"),
+    [
+        ({}, True),
+        ({"scaling": 8**-0.5, "dropout": 0.0, "softcap": None, "sliding_window": 6}, True),
+        ({"scaling": 0.5}, False),
+        ({"sliding_window": 5}, False),
+        ({"is_causal": False}, False),
+        ({"position_bias": torch.zeros(1, 1, 6, 6)}, False),
+        ({"key": random(1, 2, 7, 8), "value": random(1, 2, 7, 8)}, False),
+    ],
+)
+def test_arguments_that_the_kernels_lack_take_pytorchs_attention(
+    changes: dict[str, Any], takes_kernel: bool, as_on_a_gpu: list[dict[str, Any]]
+) -> None:
+    query = random(1, 2, 6, 8)
+    given = {"key": random(1, 2, 6, 8), "value": random(1, 2, 6, 8)} | changes
+    found, weights = decoder_attention._attention(Layer(), query, attention_mask=None, **given)
+    expected, _ = decoder_attention.sdpa_attention_forward(
+        Layer(), query, attention_mask=None, **given
+    )
+    assert len(as_on_a_gpu) == takes_kernel and weights is None
+    torch.testing.assert_close(found, expected)
+
+
+def test_only_masks_of_whole_sequences_are_known(as_on_a_gpu: list[dict[str, Any]]) -> None:
+    real = torch.tensor([[True] * 4 + [False] * 2])
+    q, k, v = (random(1, 2, 6, 8) + each for each in range(3))
+
+    def attend(**given: Any) -> int:
+        mask = decoder_attention._mask(1, 6, 6, attention_mask=real, **given)
+        assert mask is not None
+        as_on_a_gpu.clear()
+        decoder_attention._attention(Layer(), q, k, v, mask)
+        return len(as_on_a_gpu)
+
+    assert attend() == 0
+    with row_sequences(varlen_metadata(real, None)):
+        assert attend() == 1
+        assert attend(local_size=6) == 1
+        assert attend(local_size=3) == 0
+    assert attend() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("qwen3_vl", "sdpa", IMPLEMENTATION),
+        ("qwen3_vl", "eager", "eager"),
+        # Image tokens see one another in both directions.
+        ("gemma3", "sdpa", "sdpa"),
+    ],
+)
+def test_models_whose_attention_is_overridden(name: str, before: str, after: str) -> None:
+    model: Any = FAMILIES[name].model()
+    config = text_decoder(model).config
+    config._attn_implementation = before
+    for _ in range(2):
+        override_attention(model)
+    assert config._attn_implementation == after
+    assert "mmmamba" not in model.config.to_json_string()
