@@ -41,8 +41,10 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        from mmmamba_cli.distributed.stop_signals import restore_handlers
+
+        assert self._signals is not None
+        restore_handlers(self._before, self._signals)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         from mmmamba_cli.distributed.stop_signals import (

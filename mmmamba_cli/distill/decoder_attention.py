@@ -58,10 +58,22 @@ def row_sequences(sequences: VarlenMetadata | None) -> Iterator[None]:
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The mask for PyTorch's attention, (B, 1, T, T) bool; None for causal attention of all."""
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
-    sequences, window = _sequences.get(), kwargs.get("local_size")
-    if mask is not None and sequences is not None and (window is None or window >= mask.shape[-1]):
+    sequences = _sequences.get()
+    if mask is not None and sequences is not None and _is_mask_of(sequences, mask, kwargs):
         _sequences_of_mask[mask] = sequences
     return mask
+
+
+def _is_mask_of(sequences: VarlenMetadata, mask: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether a mask (B, 1, T, T) is causal within `sequences`.
+
+    `kwargs` are those of `sdpa_mask`; it evaluates masks that are combined with others by `vmap`.
+    """
+    window, rows, columns = kwargs.get("local_size"), mask.shape[0], mask.shape[-1]
+    has_all_pairs = window is None or window >= columns
+    return (
+        has_all_pairs and not kwargs.get("use_vmap") and sequences.bounds[-1] == rows * columns
+    )
 
 
 def _attention(

@@ -41,6 +41,7 @@ from mmmamba_cli.distributed.stop_signals import (
     SIGNALS,
     StopSignalCounter,
     exit_by_signal,
+    restore_handlers,
     skip_interpreter_shutdown,
     stopping_message,
     write_from_handler,
@@ -282,8 +283,7 @@ def _forwarded_signals(unit: str) -> Iterator[_StopSignals]:
     try:
         yield stop_signals
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore_handlers(before, stop_signals.repeats)
 
 
 def _wait(context: PContext, stop_signals: _StopSignals) -> Any:

@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A process may receive one request twice: schedulers signal every process of a job, and launchers
@@ -35,6 +36,33 @@ class StopSignalCounter:
         if self.count == 1:
             self._first = time.monotonic()
         return time.monotonic() - self._first > SAME_REQUEST_SECONDS
+
+
+def restore_handlers(before: Mapping[int, Any], requests: StopSignalCounter) -> None:
+    """Restore the signal handlers `before`; copies of a request in `requests` are still ignored.
+
+    The copy may arrive when the work that the request stopped has been saved.
+    """
+    for number, handler in before.items():
+        ignores = handler in (signal.SIG_IGN, None)
+        signal.signal(number, handler if ignores else _without_copies(handler, requests))
+
+
+def _without_copies(handler: Any, requests: StopSignalCounter) -> Any:
+    """`handler`, but for signals that copy a request in `requests`."""
+    if not requests.count:
+        return handler
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not requests.is_repeat():
+            return
+        if callable(handler):
+            handler(number, frame)
+        else:
+            signal.signal(number, handler)
+            os.kill(os.getpid(), number)
+
+    return handle
 
 
 def write_from_handler(text: str) -> None:

@@ -8,14 +8,17 @@ import pytest
 import torch
 from families import FAMILIES
 from in_place_distillation import gradients, make_batch, make_objective, make_stage
+from test_packed_rows import tiny_language_model
 from torch import Tensor
 
-from mmmamba_cli.data import ModelBatch
+from mmmamba_cli.data import IGNORE_INDEX, ModelBatch
 from mmmamba_cli.data.model_batch import pack_conversations
 from mmmamba_cli.distill import decoder_attention
 from mmmamba_cli.distill.decoder_attention import IMPLEMENTATION, override_attention, row_sequences
 from mmmamba_cli.ops.attention import varlen_metadata
+from mmmamba_cli.teachers import packed_position_ids
 from mmmamba_cli.teachers.anatomy import text_decoder
+from mmmamba_cli.teachers.packed_rows import PACKED_LANGUAGE_MODELS
 
 # Multimodal RoPE, positions by columns, and layers with a window that is not reached.
 NAMES = ("qwen3_vl", "qwen2_5_vl", "internvl", "smolvlm", "mistral3")
@@ -84,6 +87,41 @@ def test_recomputed_layers_have_the_sequences_of_their_call(
         torch.testing.assert_close(again[key], gradient, rtol=1e-9, atol=1e-12)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(PACKED_LANGUAGE_MODELS))
+def test_language_models_with_windows_caps_and_other_scales(
+    name: str, as_on_a_gpu: list[dict[str, Any]]
+) -> None:
+    """Padded and packed rows; layers that the kernels do not compute have PyTorch's attention."""
+    model = tiny_language_model(name)
+    lengths = torch.tensor([9, 13, 4, 6])
+    ids = torch.randint(3, 60, (4, 13), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(13) < lengths[:, None]
+    inputs = {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
+    padded = ModelBatch(inputs, torch.full_like(ids, IGNORE_INDEX), 4, int(lengths.sum()))
+    packed = pack_conversations(padded, ((0, 1), (2, 3)), 0)
+    assert packed.seq_idx is not None and packed.seq_idx.shape[0] == 2
+    positions = packed_position_ids(model, packed.inputs, packed.seq_idx)
+    calls = [
+        (padded.inputs, varlen_metadata(mask, None), mask),
+        (
+            {"input_ids": packed.inputs["input_ids"], "position_ids": positions},
+            varlen_metadata(None, packed.seq_idx),
+            packed.token_mask,
+        ),
+    ]
+    expected = [model(**given, use_cache=False).logits[real] for given, _, real in calls]
+    override_attention(model)
+    for (given, sequences, real), logits in zip(calls, expected, strict=True):
+        as_on_a_gpu.clear()
+        with row_sequences(sequences):
+            found = model(**given, use_cache=False).logits[real]
+        torch.testing.assert_close(found, logits, rtol=0, atol=1e-5)
+        assert all(call["varlen"] is sequences for call in as_on_a_gpu)
+        if name in ("llama", "cohere", "helium", "olmo"):
+            assert len(as_on_a_gpu) == 4
+
+
 class Layer(torch.nn.Module):
     is_causal = True
 
@@ -101,6 +139,9 @@ def random(*shape: int) -> Tensor:
         ({"sliding_window": 5}, False),
         ({"is_causal": False}, False),
         ({"position_bias": torch.zeros(1, 1, 6, 6)}, False),
+        ({"s_aux": torch.zeros(2)}, False),
+        ({"dropout": 1e-9}, False),
+        ({"value": random(1, 2, 6, 4)}, False),
         ({"key": random(1, 2, 7, 8), "value": random(1, 2, 7, 8)}, False),
     ],
 )
@@ -133,6 +174,10 @@ def test_only_masks_of_whole_sequences_are_known(as_on_a_gpu: list[dict[str, Any
         assert attend() == 1
         assert attend(local_size=6) == 1
         assert attend(local_size=3) == 0
+        assert attend(use_vmap=True) == 0
+    # Rows of other lengths.
+    with row_sequences(varlen_metadata(real[:, 1:], None)):
+        assert attend() == 0
     assert attend() == 0
 
 
