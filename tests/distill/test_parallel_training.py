@@ -15,8 +15,8 @@ from small import small_model
 # `mix` or `forward` of a mixer uses; the vision parameters get no gradient from these texts, and
 # those of the LM head get several in a micro batch.
 STAGES = {
-    "mse": "20:mmmm:mixer-mse:padded:new+qkv",
-    "kl": "20:mmmm:kl:packed:new+qkv",
+    "mse": "8:mmmm:mixer-mse:padded:new+qkv",
+    "kl": "8:mmmm:kl:packed:new+qkv",
     "matrix": "5:gdkm:matrix-orientation:padded:"
     "*.mixer.[qkd]*_proj.*+*.beta_*+*.mixer.*_bias+*.conv1d.*+*.A_log",
     "head": "6:dwgm:kl:padded:*.mixer.*+*.mlp.*+model.norm.weight+lm_head.*",
