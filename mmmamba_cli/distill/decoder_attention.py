@@ -71,9 +71,7 @@ def _is_mask_of(sequences: VarlenMetadata, mask: Tensor, kwargs: dict[str, Any])
     """
     window, rows, columns = kwargs.get("local_size"), mask.shape[0], mask.shape[-1]
     has_all_pairs = window is None or window >= columns
-    return (
-        has_all_pairs and not kwargs.get("use_vmap") and sequences.bounds[-1] == rows * columns
-    )
+    return has_all_pairs and not kwargs.get("use_vmap") and sequences.bounds[-1] == rows * columns
 
 
 def _attention(
