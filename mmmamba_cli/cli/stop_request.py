@@ -22,7 +22,7 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         self.prints = prints
         self.unit = unit
         self._signals: StopSignalCounter | None = None
-        self._before: dict[int, Any] = {}
+        self._before: dict[signal.Signals, Any] = {}
 
     @property
     def received(self) -> bool:

@@ -38,7 +38,7 @@ class StopSignalCounter:
         return time.monotonic() - self._first > SAME_REQUEST_SECONDS
 
 
-def restore_handlers(before: Mapping[int, Any], requests: StopSignalCounter) -> None:
+def restore_handlers(before: Mapping[signal.Signals, Any], requests: StopSignalCounter) -> None:
     """Restore the signal handlers `before`; copies of a request in `requests` are still ignored.
 
     The copy may arrive when the work that the request stopped has been saved.
