@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class StopRequest(AbstractContextManager["StopRequest"]):
     """Records the first Ctrl-C or SIGTERM; the second ends the process with 130 or 143.
 
-    A signal within a second of the first is a copy of the same request. One of several processes
-    `prints` the message that the command stops after this `unit`.
+    A signal within a second of the first is a copy of the same request, also after this context.
+    One of several processes `prints` the message that the command stops after this `unit`.
     """
 
     def __init__(self, prints: bool = True, unit: str = "step") -> None:

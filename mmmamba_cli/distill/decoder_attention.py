@@ -26,18 +26,18 @@ from mmmamba_cli.teachers.packed_rows import packing_problem
 
 # The name of this attention in `config._attn_implementation`.
 IMPLEMENTATION = "mmmamba_varlen"
-# Arguments of a family's attention that `ops.attention` does not have.
-OTHER_ATTENTION = ("softcap", "s_aux", "position_bias", "cache")
+# Arguments of attention in transformers that `ops.attention` does not have.
+UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias", "cache")
 
 _sequences: ContextVar[VarlenMetadata | None] = ContextVar("sequences", default=None)
-# By mask, as layers that are recomputed for their gradients get the mask of their call again.
+# The sequences of each mask. A layer that is recomputed for its gradients gets the same mask again.
 _sequences_of_mask: Any = WeakIdKeyDictionary()
 
 
 def override_attention(model: Any) -> None:
-    """Let a model's text decoder attend through `ops.attention` where that is the same function.
+    """Let a model's text decoder compute attention by `ops.attention` where the result is the same.
 
-    Only families whose rows can be packed: their masks are known to be causal within sequences.
+    It changes models of families whose rows can be packed: their masks are causal within sequences.
     Idempotent.
     """
     config = text_decoder(model).config
@@ -47,7 +47,7 @@ def override_attention(model: Any) -> None:
 
 @contextmanager
 def row_sequences(sequences: VarlenMetadata | None) -> Iterator[None]:
-    """Within, forward passes have rows with `sequences`; None if they are not known."""
+    """Set the sequences of the rows of forward passes in this context; None if not known."""
     token = _sequences.set(sequences)
     try:
         yield
@@ -56,7 +56,10 @@ def row_sequences(sequences: VarlenMetadata | None) -> Iterator[None]:
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The mask for PyTorch's attention, (B, 1, T, T) bool; None for causal attention of all."""
+    """The mask for PyTorch's attention, (B, 1, T, T) bool; None if rows are one sequence each.
+
+    Remembers the sequences of the mask if they are known.
+    """
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     sequences = _sequences.get()
     if mask is not None and sequences is not None and _is_mask_of(sequences, mask, kwargs):
@@ -67,7 +70,8 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
 def _is_mask_of(sequences: VarlenMetadata, mask: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether a mask (B, 1, T, T) is causal within `sequences`.
 
-    `kwargs` are those of `sdpa_mask`; it evaluates masks that are combined with others by `vmap`.
+    `kwargs` are those of `sdpa_mask`. transformers sets `use_vmap` for masks that a family combines
+    with others.
     """
     window, rows, columns = kwargs.get("local_size"), mask.shape[0], mask.shape[-1]
     has_all_pairs = window is None or window >= columns
@@ -102,7 +106,7 @@ def _attention(
 def _is_plain(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
 ) -> bool:
-    """Whether attention is causal within its sequences and has no other arguments."""
+    """Whether attention is causal, and has no arguments that `ops.attention` does not support."""
     length, dim = query.shape[2:]
     window, is_causal = kwargs.get("sliding_window"), kwargs.get("is_causal")
     if is_causal is None:
@@ -113,7 +117,7 @@ def _is_plain(
         and (window is None or window >= length)
         and not kwargs.get("dropout")
         and math.isclose(kwargs.get("scaling") or dim**-0.5, dim**-0.5, rel_tol=1e-6)
-        and all(kwargs.get(name) is None for name in OTHER_ATTENTION)
+        and all(kwargs.get(name) is None for name in UNSUPPORTED_ARGUMENTS)
     )
 
 

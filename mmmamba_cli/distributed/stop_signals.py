@@ -39,9 +39,9 @@ class StopSignalCounter:
 
 
 def restore_handlers(before: Mapping[signal.Signals, Any], requests: StopSignalCounter) -> None:
-    """Restore the signal handlers `before`; copies of a request in `requests` are still ignored.
+    """Restore the signal handlers `before`, which do not receive copies of a request in `requests`.
 
-    The copy may arrive when the work that the request stopped has been saved.
+    A copy may arrive after the work that the request stopped has been saved.
     """
     for number, handler in before.items():
         ignores = handler in (signal.SIG_IGN, None)
@@ -49,7 +49,7 @@ def restore_handlers(before: Mapping[signal.Signals, Any], requests: StopSignalC
 
 
 def _without_copies(handler: Any, requests: StopSignalCounter) -> Any:
-    """`handler`, but for signals that copy a request in `requests`."""
+    """A handler that ignores copies of a request in `requests` and calls `handler` otherwise."""
     if not requests.count:
         return handler
 
