@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,19 +23,28 @@ from mmmamba_cli.teachers.packed_rows import PACKED_LANGUAGE_MODELS
 
 # Multimodal RoPE, positions by columns, and layers with a window that is not reached.
 NAMES = ("qwen3_vl", "qwen2_5_vl", "internvl", "smolvlm", "mistral3")
+SUPPORTED = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """`ops.attention` takes its reference here; the list has the arguments of its calls."""
-    calls: list[dict[str, Any]] = []
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The arguments of calls of `ops.attention`."""
+    found: list[dict[str, Any]] = []
 
     def attention(*args: Tensor, **kwargs: Any) -> Tensor:
-        calls.append(kwargs)
+        found.append(kwargs)
         return plain(*args, **kwargs)
 
     plain = decoder_attention.attention
     monkeypatch.setattr(decoder_attention, "attention", attention)
+    return found
+
+
+@pytest.fixture
+def as_on_a_gpu(
+    calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> list[dict[str, Any]]:
+    """As `calls`; `ops.attention` is called for every length and takes its reference here."""
     monkeypatch.setattr(decoder_attention, "supports_varlen", lambda _: True)
     return calls
 
@@ -199,3 +209,37 @@ def test_models_whose_attention_is_overridden(name: str, before: str, after: str
         override_attention(model)
     assert config._attn_implementation == after
     assert "mmmamba" not in model.config.to_json_string()
+
+
+@pytest.mark.skipif(
+    not SUPPORTED, reason="the kernels need a GPU of compute capability 8.0 or newer"
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("rows", ["padded", "packed"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "smolvlm"])
+def test_gradients_on_a_gpu_are_those_of_pytorchs_and_have_the_same_bits_again(
+    name: str, rows: str, precision: str, calls: list[dict[str, Any]]
+) -> None:
+    objective, pair = make_objective(name, make_stage("kl"), dtype=torch.float32)
+    pair = replace(pair, precision=precision)
+    for model in (pair.teacher, pair.student):
+        model.cuda()
+    batch = make_batch(name, dtype=torch.float32)
+    if rows == "packed":
+        batch = pack_conversations(batch, [[0, 1]], FAMILIES[name].tokenizer.pad_token_id)
+    batch = batch.to(torch.device("cuda"))
+    first, gradient = gradients(objective, pair, [batch])
+    assert calls and all(call["varlen"] is not None for call in calls)
+    for _ in range(3):
+        again, same = gradients(objective, pair, [batch])
+        assert again == first
+        assert all(torch.equal(same[key], gradient[key]) for key in gradient)
+    use(pair, "sdpa")
+    calls.clear()
+    expected, plain = gradients(objective, pair, [batch])
+    assert not calls
+    tolerance = 1e-4 if precision == "fp32" else 0.05
+    assert first == pytest.approx(expected, rel=tolerance)
+    for key, one in plain.items():
+        distance = (gradient[key] - one).norm() / one.norm().clamp(min=1e-12)
+        assert distance < tolerance, (key, float(distance))
