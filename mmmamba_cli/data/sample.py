@@ -233,7 +233,7 @@ def parse_sample(record: Any, name: str, find_image: ImageFinder) -> Sample:
         raise DataError(f"{name}: the turns are {describe_type(turns)}, expected a list")
     if not turns:
         raise DataError(
-            f"{name}: has no turns, expected a list called conversations or messages, or a text"
+            f"{name}: has no turns, expected a list called conversations, messages or texts, or a text"
         )
     listed = _listed_images(record, name)
     messages, images, shown = parse_turns(turns, listed, name)
