@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
 import json
 import os
 import signal
@@ -121,6 +122,8 @@ def test_a_full_disk(builder: Builder, mmmamba: Command, monkeypatch: pytest.Mon
 
 def killed_process(number: int, signal_number: int = signal.SIGKILL) -> int:
     if number == 3:
+        # pytest's would print the stack of the signal.
+        faulthandler.disable()
         os.kill(os.getpid(), signal_number)
     return number
 
