@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ ROLES = {
 # Frames in a second of a video that is given as pictures, unless its sample says otherwise: the
 # rate at which Qwen's processors sample.
 DEFAULT_FPS = 2.0
+# Of a high-speed camera.
+MAX_FPS = 1_000_000
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Keys of a sample that hold its turns or text, and those of its pictures and videos.
 TURN_KEYS = ("conversations", "messages", "texts", "text")
@@ -233,7 +234,8 @@ def parse_sample(record: Any, name: str, find_image: ImageFinder) -> Sample:
         raise DataError(f"{name}: the turns are {describe_type(turns)}, expected a list")
     if not turns:
         raise DataError(
-            f"{name}: has no turns, expected a list called conversations, messages or texts, or a text"
+            f"{name}: has no turns, expected a list called conversations, messages or texts, "
+            "or a text"
         )
     listed = _listed_images(record, name)
     messages, images, shown = parse_turns(turns, listed, name)
@@ -327,9 +329,11 @@ def parse_videos(
     values: Sequence[Any], fps: Any, name: str, find: ImageFinder
 ) -> tuple[Video, ...]:
     """The videos of a sample. Raises `DataError` for other values than paths, or no such file."""
-    is_rate = not isinstance(fps, bool) and isinstance(fps, int | float) and 0 < fps < math.inf
+    is_rate = not isinstance(fps, bool) and isinstance(fps, int | float) and 0 < fps <= MAX_FPS
     if fps is not None and not is_rate:
-        raise DataError(f"{name}: fps is {fps!r:.60}, expected a number above 0")
+        raise DataError(
+            f"{name}: fps is {fps!r:.60}, expected a number above 0 and at most {MAX_FPS:,}"
+        )
     videos = []
     for value in values:
         paths = value if isinstance(value, list) else [value]

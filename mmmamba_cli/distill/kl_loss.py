@@ -59,13 +59,9 @@ class LogitsKL:
 
         `all`: every column that is not padding; `answer`: columns that predict an answer token.
         """
-        if self._scores_answers_only:
+        if self.settings.mask == "answer":
             return shift_labels(batch) != IGNORE_INDEX
         return batch.token_mask
-
-    @property
-    def _scores_answers_only(self) -> bool:
-        return self.settings.mask == "answer" and self.settings.reduction == "token"
 
     def loss_sums(self, pair: ModelPair, batch: AnyBatch, weights: Tensor | None) -> Tensor:
         needs_grad = weights is not None
@@ -106,7 +102,7 @@ class LogitsKL:
 
         The indices count all rows one after the other, and are None if all columns are scored.
         """
-        if targets.numel() == batch.num_tokens and not self._scores_answers_only:
+        if targets.numel() == batch.num_tokens and self.settings.mask == "all":
             return self.score_mask(batch).flatten(), None
         # The search for indices would wait for a GPU.
         host = batch if batch.on_host is None else batch.on_host

@@ -34,7 +34,7 @@ class MemoryMeter(Protocol):
 
     @property
     def name(self) -> str:
-        """The device, for the record of a decision."""
+        """The device and the share of its memory, for the record of a decision."""
         ...
 
     def available(self) -> int:
@@ -65,7 +65,8 @@ class CudaMemory:
 
     @property
     def name(self) -> str:
-        return torch.cuda.get_device_name(self.device)
+        name = torch.cuda.get_device_name(self.device)
+        return name if self.share == 1 else f"{self.share:.0%} of {name}"
 
     def available(self) -> int:
         cached = torch.cuda.memory_reserved(self.device) - self.allocated()
@@ -116,7 +117,8 @@ class StepMemory:
 class Decision:
     """The first `layers` of `of` layers recompute; `load` is the largest that it holds for.
 
-    `place` names the device and the number of processes: elsewhere memory is measured again.
+    `place` names the device, the share of its memory and the number of processes: elsewhere memory
+    is measured again.
     """
 
     layers: int

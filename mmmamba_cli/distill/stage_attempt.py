@@ -22,7 +22,7 @@ from mmmamba_cli.distill.training_settings import (
     diff_settings,
     product_settings,
     result_settings,
-    same_held_out,
+    same_held_out_loss,
     stage_settings,
 )
 from mmmamba_cli.distill.training_state import STATE_FILE, Progress, StateFolder
@@ -162,8 +162,8 @@ def _plan_resume(
             "old settings",
         )
     progress = record.progress
-    if not same_held_out(record.settings, request.settings):
-        # Losses on other samples are not comparable.
+    if not same_held_out_loss(record.settings, request.settings):
+        # Other losses, or losses on other samples, are not comparable.
         progress.best_step = progress.best_loss = None
     best = progress.best_step
     if best is not None and not (states.folder / states.best_name(best) / STATE_FILE).is_file():

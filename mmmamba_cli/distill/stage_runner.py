@@ -28,7 +28,12 @@ from mmmamba_cli.distill.stage_attempt import (
 )
 from mmmamba_cli.distill.stage_loaders import build_loaders
 from mmmamba_cli.distill.stage_models import StageModels, open_stage_models, trainable_of
-from mmmamba_cli.distill.trainable import attach_lora, is_adapter, lora_deltas
+from mmmamba_cli.distill.trainable import (
+    attach_lora,
+    is_adapter,
+    lora_deltas,
+    plain_name,
+)
 from mmmamba_cli.distill.trainer import (
     StepCallback,
     StepResult,
@@ -224,7 +229,9 @@ def _train_with_metrics(
 ) -> Progress:
     """Train, logging each step to `metrics.jsonl` and TensorBoard on process 0."""
     board = context.run.folder / "tensorboard" / name
-    log = MetricsLog(job.states.folder, progress.step, board) if job.world.is_main else None
+    # The row of a step is written after its evaluation.
+    written = progress.step if progress.unevaluated is None else progress.step - 1
+    log = MetricsLog(job.states.folder, written, board) if job.world.is_main else None
 
     def on_step_end(result: StepResult) -> None:
         if log is not None:
@@ -304,7 +311,8 @@ def _gather_weights(output: _StageOutput) -> dict[str, Tensor]:
     for name, parameter in job.pair.trainable_parameters().items():
         tensor = full_tensor(parameter.detach())
         if job.world.is_main and not is_adapter(name):
-            weights[name] = tensor.cpu()
+            # A copy on a CPU too: the best student is loaded into the parameters later.
+            weights[plain_name(name)] = tensor.to("cpu", copy=True)
     if job.stage.lora is not None:
         deltas = lora_deltas(job.pair, job.stage.lora, output.lora_weights, full_tensor)
         for name, delta in deltas.items():

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmmamba_cli.data import StepBatches
+from mmmamba_cli.distill.metrics import nonfinite_as_text
 from mmmamba_cli.distill.objective import Objective
 from mmmamba_cli.distill.optimiser import clip_gradients, largest_magnitudes
 from mmmamba_cli.distill.validation import HeldOutMetrics
@@ -140,6 +142,25 @@ class StepResult:
     skipped: str | None = None
     held_out: HeldOutMetrics | None = None
     memory_gib: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields but `held_out`, as JSON; numbers that are not finite as text."""
+        fields = {key: value for key, value in asdict(self).items() if key != "held_out"}
+        return nonfinite_as_text(fields)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> StepResult:
+        """The result that `as_dict` gave."""
+        numbers = ("loss", "learning_rate", "gradient_norm", "tokens_per_second")
+        terms = {name: float(value) for name, value in fields["terms"].items()}
+        return cls(
+            **{
+                **fields,
+                **{name: float(fields[name]) for name in numbers},
+                "terms": terms,
+                "bad": tuple(fields["bad"]),
+            }
+        )
 
 
 def read_step(

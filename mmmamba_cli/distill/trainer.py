@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmmamba_cli.data import StepBatches, StepLoader
+from mmmamba_cli.distill.bad_samples import check_bad_share, gather_bad_samples
 from mmmamba_cli.distill.metrics import nonfinite_as_text
 from mmmamba_cli.distill.model_pair import ModelPair
 from mmmamba_cli.distill.objective import Objective
@@ -25,12 +26,7 @@ from mmmamba_cli.distill.step_values import (
     read_step,
 )
 from mmmamba_cli.distill.training_state import Progress, StateFolder, state_record
-from mmmamba_cli.distill.validation import (
-    check_held_out,
-    evaluate_held_out,
-    gather_bad_samples,
-    is_better,
-)
+from mmmamba_cli.distill.validation import check_held_out, evaluate_held_out, is_better
 from mmmamba_cli.distributed import (
     GradientSync,
     World,
@@ -38,13 +34,11 @@ from mmmamba_cli.distributed import (
     seed_everything,
     step_seed,
 )
-from mmmamba_cli.errors import DataError, MmmambaError
+from mmmamba_cli.errors import MmmambaError
 from mmmamba_cli.recipe import Stage
 
 # A stage fails after this many skipped steps in a row.
 MAX_SKIPPED_STEPS = 5
-# The share of bad samples is checked from this many samples on.
-MIN_SAMPLES_FOR_SHARE = 100
 
 
 class Stopped(Exception):
@@ -92,6 +86,8 @@ class _TrainState:
     queued: deque[QueuedStep] = field(default_factory=deque)
     # Whether parameters and moments are those of `progress.step`, and not partly of the next one.
     is_complete: bool = True
+    # The result of the last step while it is evaluated.
+    unevaluated: StepResult | None = None
     # When the last step was read, on the clock of `time.perf_counter`.
     read_at: float = 0.0
 
@@ -179,10 +175,17 @@ def _run_steps(
         while len(state.queued) > limit:
             result = _read_step(job, state, state.queued.popleft())
             if is_evaluated and not state.queued:
+                state.unevaluated = result
                 result = _evaluate(job, state, result)
+                state.unevaluated = None
             if world.is_main:
                 on_step_end(result)
 
+    if progress.unevaluated is not None:
+        result = _evaluate(job, state, StepResult.from_dict(progress.unevaluated))
+        progress.unevaluated = None
+        if world.is_main:
+            on_step_end(result)
     state.read_at = time.perf_counter()
     try:
         for batches in job.loader.steps(progress.step, stage.steps):
@@ -206,6 +209,8 @@ def _run_steps(
         # Several processes save together, and the others do not run out of memory.
         can_save = state.is_complete and world.size == 1 and progress.step > saved
         if isinstance(error, torch.OutOfMemoryError) and can_save:
+            if state.unevaluated is not None:
+                progress.unevaluated = state.unevaluated.as_dict()
             _save(job, state)
         raise
     if saved != progress.step:
@@ -270,7 +275,7 @@ def _step(job: TrainingJob, state: _TrainState, batches: StepBatches) -> QueuedS
     progress.bad_samples += bad
     # `bad` is summed over processes, so that either all of them gather or none does.
     named = gather_bad_samples(batches.bad, world) if bad else []
-    _check_bad_share(job, progress, named)
+    check_bad_share(progress, named, job.max_bad_share, is_last=progress.step >= job.stage.steps)
     return QueuedStep(
         step=progress.step,
         units=units,
@@ -345,21 +350,6 @@ def _accumulate(job: TrainingJob, batches: StepBatches) -> tuple[Tensor, Tensor,
         gradients.begin_micro_batch(is_last=index == len(micros) - 1)
         sums += objective.loss_sums(pair, micro, weights)
     return gradients.finish(sums, world), units, counts
-
-
-def _check_bad_share(job: TrainingJob, progress: Progress, named: Sequence[str]) -> None:
-    seen = progress.samples + progress.bad_samples
-    share = progress.bad_samples / max(1, seen)
-    too_early = seen < MIN_SAMPLES_FOR_SHARE and progress.step < job.stage.steps
-    if share <= job.max_bad_share or too_early:
-        return
-    last = "; ".join(named[:3])
-    raise DataError(
-        f"{progress.bad_samples} of {seen} samples could not be used, more than "
-        f"data.max_bad_share = {job.max_bad_share:g} allows"
-        + (f"; the last: {last}" if last else ""),
-        "see them all with `mmmamba data check --all`, or raise data.max_bad_share",
-    )
 
 
 def _evaluate(job: TrainingJob, state: _TrainState, result: StepResult) -> StepResult:

@@ -25,6 +25,17 @@ SETTINGS_WITHOUT_EFFECT = (
     "data.max_bad_share",
     "digests.held_out",
 )
+# Settings that define the loss of a held-out sample.
+HELD_OUT_LOSS_SETTINGS = (
+    "stage.loss",
+    "stage.loss_scale",
+    "stage.loss_weights",
+    "stage.kl",
+    "stage.inputs",
+    "stage.layers",
+    "data.max_length",
+    "data.max_tiles",
+)
 # Ignored if the digests of the data are known.
 DATA_PATH_SETTINGS = ("data.train", "data.image_root", "stage.train")
 
@@ -89,18 +100,28 @@ def diff_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     before, after = _flatten(_with_defaults(saved)), _flatten(now)
     left_out: tuple[str, ...] = SETTINGS_WITHOUT_EFFECT
     if "digests" not in saved or "digests" not in now:
-        left_out += ("digests.",)
+        left_out += ("digests",)
     else:
         left_out += DATA_PATH_SETTINGS
     return [
         _describe_change(key, before.get(key), after.get(key), now)
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(left_out)
+        if before.get(key) != after.get(key) and not _is_in(key, left_out)
     ]
 
 
-def same_held_out(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether both have the same held-out samples, so that their losses are comparable."""
+def same_held_out_loss(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether both compute the same loss on the same held-out samples."""
+    before, after = _flatten(_with_defaults(saved)), _flatten(now)
+    is_same_loss = all(
+        before.get(key) == after.get(key)
+        for key in before.keys() | after.keys()
+        if _is_in(key, HELD_OUT_LOSS_SETTINGS)
+    )
+    return is_same_loss and _same_held_out_samples(saved, now)
+
+
+def _same_held_out_samples(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     digests = [settings.get("digests", {}).get("held_out") for settings in (saved, now)]
     if None not in digests:
         return digests[0] == digests[1]
@@ -110,7 +131,12 @@ def same_held_out(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 def result_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that affect the result, flattened; equal settings give the same bits."""
     left_out = SETTINGS_WITHOUT_EFFECT + (DATA_PATH_SETTINGS if "digests" in settings else ())
-    return {key: value for key, value in _flatten(settings).items() if not key.startswith(left_out)}
+    return {key: value for key, value in _flatten(settings).items() if not _is_in(key, left_out)}
+
+
+def _is_in(key: str, settings: Sequence[str]) -> bool:
+    """Whether a flattened `key` is one of the settings, or lies in one that is a section."""
+    return any(key == name or key.startswith(f"{name}.") for name in settings)
 
 
 def _with_defaults(saved: Mapping[str, Any]) -> Mapping[str, Any]:

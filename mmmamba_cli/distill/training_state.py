@@ -60,12 +60,15 @@ class Progress:
     held_out: dict[str, Any] = field(default_factory=dict)
     # The decision of `checkpointing: auto`; None for other settings.
     recomputation: dict[str, Any] | None = None
+    # The result of step `step` if its evaluation on held-out data is due.
+    unevaluated: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields; `recomputation` only if there is a decision."""
+        """All fields; `recomputation` and `unevaluated` only if they are not None."""
         fields = asdict(self)
-        if self.recomputation is None:
-            del fields["recomputation"]
+        for name in ("recomputation", "unevaluated"):
+            if fields[name] is None:
+                del fields[name]
         return fields
 
 

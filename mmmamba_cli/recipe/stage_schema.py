@@ -130,6 +130,15 @@ class KL(Section):
         default=0.0, description="Weight w of cross-entropy on the data: (1 - w) KL + w CE."
     )
 
+    @model_validator(mode="after")
+    def _check_mask(self) -> Self:
+        if self.reduction == "paper" and self.mask != "all":
+            raise invalid_value(
+                f"is {self.mask}, must be all or left out: reduction paper sums over all positions",
+                "mask",
+            )
+        return self
+
 
 class LoRA(Section):
     """Low-rank adapters in the place of direct training of the matrices they sit on."""

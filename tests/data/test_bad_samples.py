@@ -93,6 +93,7 @@ def test_keys_that_are_null_or_empty() -> None:
         ({"text": "a", "image": "a.png"}, "has an image or a video and no turns"),
         ({**GOOD, "video": 3}, "a video is 3"),
         ({**GOOD, "video": "a.mp4", "fps": 0}, "fps is 0"),
+        ({**GOOD, "video": "a.mp4", "fps": 10**400}, "fps is 1000"),
         ({"text": ""}, "text is ''"),
     ],
 )

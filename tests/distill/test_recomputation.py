@@ -289,3 +289,20 @@ def test_processes_of_one_gpu_plan_with_their_shares(monkeypatch: pytest.MonkeyP
     assert CudaMemory(device, share=0.5).available() == 40
     # Less than the share is free.
     assert CudaMemory(device, share=0.9).available() == 72
+
+
+def test_a_decision_does_not_hold_for_another_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    job = auto_job(tmp_path, None, [])
+    names = [CudaMemory(torch.device("cuda"), share).name for share in (1.0, 0.25)]
+    assert names == ["NVIDIA H200", "25% of NVIDIA H200"]
+    memory = memory_for(0)
+    decided = []
+    for name in names:
+        memory.name = name
+        earlier = Decision(2, NUM_LAYERS, 10**9, f"{names[0]} x 1")
+        found = Recomputation(job.pair, job.world, memory, lambda text: None, earlier)
+        decided.append(found.decision is not None)
+    assert decided == [True, False]

@@ -11,8 +11,10 @@ from PIL import Image
 WORDS = ("a", "red", "cat", "sits", "on", "the", "old", "table", "near", "green", "apples")
 
 
-def write_conversations(folder: Path, samples: int, seed: int = 0, name: str = "train") -> Path:
-    """Write `name.jsonl` of questions, every second one with a picture in `images/`."""
+def write_conversations(
+    folder: Path, samples: int, seed: int = 0, name: str = "train", pictures: bool = True
+) -> Path:
+    """Write `name.jsonl` of questions; with `pictures`, every second one has one in `images/`."""
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     lines = []
@@ -20,7 +22,7 @@ def write_conversations(folder: Path, samples: int, seed: int = 0, name: str = "
         answer = " ".join(rng.choices(WORDS, k=rng.randint(1, 12)))
         record: dict[str, object] = {"id": index}
         question = "What is it?"
-        if index % 2:
+        if pictures and index % 2:
             picture = f"images/{name}-{index}.png"
             size = rng.choice([(40, 40), (90, 45)])
             colour = tuple(rng.randrange(256) for _ in range(3))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversations import write_conversations
+from families import FAMILIES, save_teacher
 from test_distill import distill, done, refused, weights
 
 LORA = ("--set", "stages.stage3.lora={rank: 4, alpha: 400.0}")
@@ -56,3 +58,17 @@ def test_merging_does_not_round_the_weight(seeded: Path, tmp_path: Path) -> None
     # Rank 4 up to fp32 rounding; bf16 rounding would leave 2e-3 of each weight.
     assert values[0] > 0
     assert values[4] < 1e-6 * before[name].norm()
+
+
+def test_biases_of_adapted_matrices_learn(tmp_path: Path) -> None:
+    save_teacher(FAMILIES["qwen2"], tmp_path / "teacher")
+    write_conversations(tmp_path, 8, pictures=False)
+    short = [word for n in (1, 2, 3) for word in ("--set", f"stages.stage{n}.steps=2")]
+    seed = ("seed", tmp_path / "teacher", "--run", tmp_path / "run", "--recipe", "smoke")
+    done(*seed, "--no-report", "--dtype", "fp32")
+    assert "base_layer" not in done(*distill(tmp_path, tmp_path, *short, *LORA)).output
+    before, after = weights(tmp_path, "hybrid-1"), weights(tmp_path, "hybrid-1-stage3")
+    assert before.keys() == after.keys()
+    for name in ("q_proj.weight", "q_proj.bias"):
+        name = f"model.layers.1.mixer.{name}"
+        assert not torch.equal(before[name], after[name])

@@ -124,6 +124,7 @@ def test_a_stage_refuses(field: str, values: list[Any]) -> None:
     [
         ("inputs", ["teacher"]),
         ("kl", [{"reduction": "mean"}, {"mask": "image"}, {"direction": "both"}]),
+        ("kl", [{"reduction": "paper", "mask": "answer"}]),
         ("kl", [{"temperature": 0}, {"temperature": 101.0}, {"ce_weight": 1.5}]),
         ("lora", [{"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"targets": []}]),
     ],
