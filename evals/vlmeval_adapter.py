@@ -231,7 +231,9 @@ def _answers_key(model: EvalModel, title: str, options: EvalOptions) -> str:
             "data": file_digest(table).hex(),
             "max_tiles": options.max_tiles,
             "max_new_tokens": options.max_new_tokens,
+            "styles": [repr(style_of(title, kind)) for kind in (None, "MCQ")],
             "code": code_digest(),
+            "adapter": file_digest(Path(__file__)).hex(),
             "versions": {**library_versions(), "vlmeval": kit},
             **model.identity.answers_depend_on,
         }

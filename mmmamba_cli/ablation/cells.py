@@ -13,6 +13,7 @@ from pathlib import PurePath
 from typing import Any
 
 from mmmamba_cli.ablation.plan import TEACHER_ARM, WORK, Arm, Plan, SuiteUse
+from mmmamba_cli.ablation.run_folders import KEEP_WORDS
 from mmmamba_cli.errors import RecipeError
 from mmmamba_cli.recipe import CALIBRATED, Recipe, load_recipe
 from mmmamba_cli.recipe.problems import join_or, suggest
@@ -23,6 +24,8 @@ STAGE_FIELDS_WITHOUT_EFFECT = ("checkpointing", "evaluate_every", "save_every")
 DATA_FIELDS_WITHOUT_EFFECT = ("held_out", "max_bad_share", "workers")
 # Fields of the data that depend on the machine.
 MACHINE_FIELDS = ("image_root", "max_bad_share", "workers")
+# Fields of a recipe that the plan sets, and where.
+PLAN_FIELDS = {"seed": "seeds", "teacher": "teacher"}
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def expand(plan: Plan, sets: Sequence[str] = (), work: str = WORK) -> list[Cell]
     `sets` change the base, as `--set` of other commands; a field that an arm sets keeps the arm's
     value. Raises `RecipeError` that names the arm and the field.
     """
+    _check_sets(sets)
     teacher = _cell(plan, TEACHER_ARM, None, None, (), (), work)
     found = [teacher] if teacher.suites else []
     recipes = {arm.name: _recipe(plan, arm, sets, work) for arm in plan.arms}
@@ -97,11 +101,45 @@ def expand(plan: Plan, sets: Sequence[str] = (), work: str = WORK) -> list[Cell]
         for arm in plan.arms:
             recipe = recipes[arm.name].model_copy(update={"seed": seed})
             stages = _stages(plan, arm, recipe)
+            _check_attention(plan, arm, recipe, stages)
             if stages:
                 recipe = _with_stages(recipe, stages)
             commands = tuple(word for one in plan.lineage(arm) for word in one.commands)
             found.append(_cell(plan, arm.name, seed, recipe, stages, commands, work))
     return found
+
+
+def check_keep(keep: Sequence[str], cells: Sequence[Cell]) -> None:
+    """Raise `RecipeError` for a name in `keep` that no product of the cells can have.
+
+    Commands of arms may name their products as they like.
+    """
+    if any(cell.commands for cell in cells):
+        return
+    stages = {
+        stage.name for cell in cells if cell.recipe is not None for stage in cell.recipe.stages
+    }
+    for name in keep:
+        made = name.removesuffix("-best")
+        is_product = name == "seed" or name.startswith("hybrid-") or made in stages
+        if not (
+            name in KEEP_WORDS or is_product or any(made.endswith(f"-{one}") for one in stages)
+        ):
+            raise RecipeError(
+                f"keep: no product is called {name}{suggest(name, [*KEEP_WORDS, 'seed', *stages])}",
+                f"name products, as seed or linear-stage3, or give {join_or(KEEP_WORDS)}",
+            )
+
+
+def _check_sets(sets: Sequence[str]) -> None:
+    """Raise `RecipeError` for a field that a plan sets itself."""
+    for text in sets:
+        field = text.partition("=")[0].strip()
+        if field in PLAN_FIELDS:
+            raise RecipeError(
+                f"--set {text}: {field} is the plan's and not the recipe's",
+                f"change {PLAN_FIELDS[field]} in the plan",
+            )
 
 
 def select(cells: Sequence[Cell], only: str | None) -> list[Cell]:
@@ -165,6 +203,27 @@ def _stages(plan: Plan, arm: Arm, recipe: Recipe) -> tuple[str, ...]:
             f"each once: {', '.join(names)}"
         )
     return ordered
+
+
+def _check_attention(plan: Plan, arm: Arm, recipe: Recipe, stages: Sequence[str]) -> None:
+    """Raise `RecipeError` if an arm sets attention layers that none of its stages has."""
+    lineage = plan.lineage(arm)
+    is_set = any(field.split(".")[0] == "layers" for one in lineage for field in one.set)
+    has_layers = recipe.layers.attention not in (0, ()) or recipe.layers.select is not None
+    planned = [stage.name for stage in recipe.stages if stage.layers == "planned"]
+    if (
+        is_set
+        and has_layers
+        and not any(one.commands for one in lineage)
+        and not set(planned) & set(stages)
+    ):
+        raise RecipeError(
+            f"arm {arm.name}: layers.attention is set, and none of its stages has layers: planned, "
+            "so that every layer would be linear",
+            f"add {join_or(planned)} to its stages, or a command hybridize"
+            if planned
+            else "add a command hybridize",
+        )
 
 
 def _with_stages(recipe: Recipe, names: Sequence[str]) -> Recipe:

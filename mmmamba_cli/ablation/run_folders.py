@@ -17,6 +17,7 @@ from mmmamba_cli.runs.run import PRODUCTS, RUN_RECORD
 
 # Values of `keep` that are no names of products.
 ALL, NONE, EVALUATED = "all", "none", "evaluated"
+KEEP_WORDS = (EVALUATED, ALL, NONE)
 TRAINING, STATE_FILE = "training", "state.json"
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mmmamba_cli.ablation.runner import Outcome
     from mmmamba_cli.ablation.unit_queue import TimeLimit
 
-INTERRUPTED = 130
+FAILED, INTERRUPTED = 2, 130
 
 
 def command(
@@ -94,7 +94,7 @@ def command(
     each. Stages that several cells share are trained once. Resumes an interrupted plan.
     """
     from mmmamba_cli.ablation import expand, load_plan
-    from mmmamba_cli.ablation.cells import select
+    from mmmamba_cli.ablation.cells import check_keep, select
     from mmmamba_cli.ablation.plan_progress import find_progress
     from mmmamba_cli.ablation.preparation import resolve_folders
     from mmmamba_cli.ablation.unit_queue import TimeLimit
@@ -104,6 +104,8 @@ def command(
     results, folder = resolve_folders(loaded, out, work)
     cells = expand(loaded, sets or (), str(folder))
     chosen = select(cells, only)
+    kept = loaded.keep if keep is None else tuple(n.strip() for n in keep.split(",") if n.strip())
+    check_keep(kept, cells)
     if table:
         _print_tables(loaded, results, cells, as_json)
         return
@@ -112,7 +114,6 @@ def command(
         _print_cells(loaded, progress, chosen, folder, jobs, as_json)
         return
     limit = None if minutes is None else TimeLimit(60 * minutes, started)
-    kept = loaded.keep if keep is None else tuple(n.strip() for n in keep.split(",") if n.strip())
     outcome = _run(loaded, progress, results, folder, kept, device=device, limit=limit, jobs=jobs)
     _report(progress, outcome, results, as_json)
 
@@ -187,14 +188,13 @@ def _prepare(plan: Plan, cells: Sequence[Cell], work: Path) -> None:
 
 def _report(progress: PlanProgress, outcome: Outcome, out: Path, as_json: bool) -> None:
     """Print what was done, and raise for cells that failed now or before."""
-    from mmmamba_cli.ablation.cell_record import first_sentence
-
     failed = {
         name: one.error or ""
         for name, one in progress.records.items()
         if one.status == "failed" and name not in outcome.finished
     }
     failed |= outcome.failed
+    error = _failure(failed, out)
     if as_json:
         print_json(
             {
@@ -207,8 +207,11 @@ def _report(progress: PlanProgress, outcome: Outcome, out: Path, as_json: bool) 
                 "trained": outcome.trained,
                 "lacking": {name: list(labels) for name, labels in progress.lacking.items()},
                 "stopped": outcome.stopped,
+                **({"error": error.message, "hint": error.hint} if error else {}),
             }
         )
+        if error is not None:
+            raise typer.Exit(FAILED)
     else:
         shared = f", {len(outcome.trained)} shared trainings" if outcome.trained else ""
         done = f"{len(outcome.finished)} cells finished{shared}"
@@ -224,15 +227,24 @@ def _report(progress: PlanProgress, outcome: Outcome, out: Path, as_json: bool) 
             print_warning(_lacking_note(progress.lacking))
         if outcome.left:
             print_line("next: run the same command to go on")
-    if failed:
-        shown = list(failed.items())[:3]
-        named = "; ".join(f"{name}: {first_sentence(text)}" for name, text in shown)
-        raise MmmambaError(
-            f"{len(failed)} cells failed: {named}" + ("; ..." if len(failed) > 3 else ""),
-            f"whole messages are in {out / 'CELL.json'}; run these cells again with --retry",
-        )
+    if error is not None:
+        raise error
     if outcome.stopped:
         raise typer.Exit(INTERRUPTED)
+
+
+def _failure(failed: Mapping[str, str], out: Path) -> MmmambaError | None:
+    """The error of a command whose cells failed, by name with their messages; None without any."""
+    from mmmamba_cli.ablation.cell_record import first_sentence
+
+    if not failed:
+        return None
+    shown = list(failed.items())[:3]
+    named = "; ".join(f"{name}: {first_sentence(text)}" for name, text in shown)
+    return MmmambaError(
+        f"{len(failed)} cells failed: {named}" + ("; ..." if len(failed) > 3 else ""),
+        f"whole messages are in {out / 'CELL.json'}; run these cells again with --retry",
+    )
 
 
 def _lacking_note(lacking: Mapping[str, Sequence[str]]) -> str:

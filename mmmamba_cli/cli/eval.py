@@ -27,6 +27,7 @@ from mmmamba_cli.cli.console import (
 )
 from mmmamba_cli.cli.options import (
     DEFAULT_RUN,
+    MAX_SEED,
     AsJson,
     Device,
     DType,
@@ -135,7 +136,10 @@ def command(
             "N processes on the CPU (default: 1).",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the confidence intervals.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=MAX_SEED, metavar="N", help="Seed of the confidence intervals."),
+    ] = 0,
     kit: Annotated[
         str | None,
         typer.Option(
@@ -302,7 +306,7 @@ def _names(text: str) -> list[str]:
 def _batch(text: str) -> int | None:
     if text == "auto":
         return None
-    if not text.isdigit() or int(text) < 1:
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
         raise DataError(f"--batch is {text!r}, expected a number from 1 on, or auto")
     return int(text)
 

@@ -43,6 +43,9 @@ def complete_recipes(incomplete: str) -> list[str]:
 
 
 UNITS = {"": 1, "k": 1024, "m": 1024**2}
+MAX_LENGTH = 2**31 - 1
+# As `recipe.section.MAX_SEED`, whose import is slow.
+MAX_SEED = 2**32 - 1
 
 RecipeName = Annotated[
     str,
@@ -114,7 +117,12 @@ def read_lengths(text: str, option: str = "--contexts") -> tuple[int, ...]:
                 f"{option}: {part.strip()!r} is no length",
                 f"give numbers of tokens, as in {option} 512,8k,1m, where 8k is 8192",
             )
-        found.add(int(number) * UNITS[unit])
+        length = int(number) * UNITS[unit]
+        if length > MAX_LENGTH:
+            raise DataError(
+                f"{option}: {part.strip()!r} is too long", f"give at most {MAX_LENGTH} tokens"
+            )
+        found.add(length)
     return tuple(sorted(found))
 
 

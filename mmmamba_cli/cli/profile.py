@@ -20,6 +20,7 @@ from mmmamba_cli.cli.console import (
 )
 from mmmamba_cli.cli.options import (
     DEFAULT_RUN,
+    MAX_SEED,
     AsJson,
     Device,
     DType,
@@ -125,7 +126,10 @@ def command(
     device: Device = None,
     dtype: DType = "auto",
     seed: Annotated[
-        int, typer.Option(metavar="N", help="Seed of random weights, caches and tokens.")
+        int,
+        typer.Option(
+            min=0, max=MAX_SEED, metavar="N", help="Seed of random weights, caches and tokens."
+        ),
     ] = 0,
     folder: Annotated[
         Path | None,

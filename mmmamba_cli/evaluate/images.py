@@ -77,9 +77,10 @@ def pictures_of(
 
 
 def _find(table: Path, name: str, dataset: str, index: str) -> Path:
-    """The file of a picture: the path itself, or relative to the table in VLMEvalKit's layout."""
+    """The file of a picture: relative to the table, in VLMEvalKit's layout, or the path itself."""
     folder = table.parent
-    places = [Path(name), folder / name, folder / "images" / dataset / name]
+    # Beside the table first: the current folder may have another file of that name.
+    places = [folder / name, folder / "images" / dataset / name, Path(name)]
     for place in places:
         if _is_there(place):
             return place

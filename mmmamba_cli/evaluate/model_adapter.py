@@ -24,7 +24,12 @@ from mmmamba_cli.evaluate.choice_scores import (
     later_token_scores,
     padded_tails,
 )
-from mmmamba_cli.evaluate.in_place_adapter import InPlaceAdapter, load_in_place_eval_model
+from mmmamba_cli.evaluate.fingerprint import file_digest
+from mmmamba_cli.evaluate.in_place_adapter import (
+    GENERATION_CONFIG,
+    InPlaceAdapter,
+    load_in_place_eval_model,
+)
 from mmmamba_cli.evaluate.interfaces import EncodedPrompt, EvalPrompt, ModelIdentity
 from mmmamba_cli.evaluate.model_identity import identify
 from mmmamba_cli.inference import Generator, make_generator
@@ -35,6 +40,7 @@ from mmmamba_cli.processing import (
     HolisticVLMProcessor,
     content_with_images,
     count_tiles,
+    processor_digest,
 )
 from mmmamba_cli.runs import ResolvedModel, pick_placement
 
@@ -257,7 +263,11 @@ def load_eval_model(
     identity = identify(
         found,
         config=found.checkpoint.config.to_dict(),
-        processor=processor.to_dict(),
+        processor={
+            "processor": processor_digest(processor),
+            # Has tokens that are not generated.
+            "generation": file_digest(found.checkpoint.folder / GENERATION_CONFIG).hex(),
+        },
         device=target,
         dtype=load_dtype,
     )

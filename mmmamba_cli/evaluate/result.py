@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,10 @@ def write_result(folder: Path, scored: ScoredSuite, answers: Mapping[str, str]) 
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder / RESULT, json_text(scored.result))
     text = io.StringIO()
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    # The writer of Python 3.11 does not quote a carriage return, which readers take for an end.
+    is_odd = any("\r" in cell for cell in answers.values())
+    make = partial(csv.writer, text, delimiter="\t", lineterminator="\n")
+    writer = make(quoting=csv.QUOTE_ALL) if is_odd else make()
     writer.writerow(["index", "question", "answer", "category", "prediction"])
     for row in scored.rows:
         writer.writerow([row.index, row.question, row.answer, row.category, answers[row.index]])

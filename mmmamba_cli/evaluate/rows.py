@@ -76,7 +76,7 @@ def _unit(cell: Mapping[str, str], suite: Suite, index: str, category: str, wher
     if suite.unit == "row":
         return index
     if suite.unit == "turns":
-        if not index.isdigit():
+        if not (index.isascii() and index.isdigit()):
             raise DataError(
                 f"{where}: index {index} is no number, which the turns of a question are told by"
             )

@@ -217,9 +217,11 @@ def make_layout(checkpoint: AnyCheckpoint, name: str, dtype: torch.dtype | None 
     body = dtype or checkpoint.dtype(DTYPE_TENSOR)
     if name == HUB:
         name_map = [rename(key, key, shape) for key, shape in checkpoint.shapes.items()]
-        return Layout(
-            name, name_map, None, lambda key: stored_dtype(key, body), body, _used(name_map)
-        )
+
+        def dtype_of(key: str) -> torch.dtype:
+            return checkpoint.dtype(key) if dtype is None else stored_dtype(key, dtype)
+
+        return Layout(name, name_map, None, dtype_of, body, _used(name_map))
     problems = list(_unsupported_features(checkpoint.config, name))
     if problems:
         raise CheckpointError(

@@ -64,7 +64,7 @@ def answer_spans(
         found = None
         if text.startswith(before):
             start = _common_length(text, render(earlier, True))
-            found = _find(_text_of(message), text, start, len(before), special)
+            found = _find(_text_of(message), text, start, len(before), special, end_of_turn)
         if found is None:
             raise DataError(
                 f"the chat template does not write turn {turn + 1} as it is, so that its answer is "
@@ -83,22 +83,39 @@ def _common_length(one: str, other: str) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _find(answer: str, text: str, start: int, first: int, special: re.Pattern[str]) -> Span | None:
+def _find(
+    answer: str,
+    text: str,
+    start: int,
+    first: int,
+    special: re.Pattern[str],
+    end_of_turn: re.Pattern[str],
+) -> Span | None:
     """Where an answer is: from `start`, perhaps with what the template puts before it, to its end.
 
-    Templates may strip an answer. No special token comes before it. Where a prompt opens an answer
-    by more than the text has, both may agree in letters of the answer: it then begins before
-    `start`, but behind `first`.
+    Templates may strip an answer. No special token comes before it. What the template puts before
+    an answer may have its letters too, as `in` in `<think>`: the answer is where the turn ends, if
+    it ends with a special token. Where a prompt opens an answer by more than the text has, both may
+    agree in letters of the answer: it then begins before `start`, but behind `first`.
     """
     for written in (answer, answer.strip()):
-        place = text.find(written, start)
-        if place >= 0 and special.search(text, start, place) is None:
-            return start, place + len(written)
+        places = list(_places(written, text, start, special))
+        if places:
+            ends = [place + len(written) for place in places]
+            return start, next((end for end in ends if end_of_turn.match(text, end)), ends[0])
     for written in (answer, answer.strip()):
         for place in range(start - 1, first, -1):
             if text.startswith(written, place):
                 return place, place + len(written)
     return None
+
+
+def _places(written: str, text: str, start: int, special: re.Pattern[str]) -> Iterator[int]:
+    """Where `written` begins in the text from `start` on, before the first special token."""
+    place = text.find(written, start)
+    while place >= 0 and special.search(text, start, place) is None:
+        yield place
+        place = text.find(written, place + 1) if written else -1
 
 
 def _text_of(message: dict[str, Any]) -> str:

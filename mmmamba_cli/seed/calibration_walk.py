@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.checkpoint import Checkpoint
-from mmmamba_cli.data import Fingerprint, StepLoader, fingerprint, open_corpus
+from mmmamba_cli.data import BadSample, Fingerprint, StepLoader, fingerprint, open_corpus
 from mmmamba_cli.errors import DataError, RecipeError
 from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.model.block import Block
@@ -81,11 +81,14 @@ class CalibratedStart:
 
 
 def read_calibration_samples(teacher: Checkpoint, data: Data, seed: int) -> CalibrationSamples:
-    """The first samples of `data.train` in the order of `seed`, up to `MAX_CALIBRATION_COLUMNS`.
+    """The first samples of `data.train` in the order of training with `seed`.
+
+    Samples are read until they have `MAX_CALIBRATION_COLUMNS` columns.
 
     Raises:
         RecipeError: `data.train` is null.
-        DataError: the teacher has no tokenizer, or the data have too few samples.
+        DataError: the teacher has no tokenizer, the data have too few samples, or more of them are
+            unreadable than `data.max_bad_share` allows.
     """
     if data.train is None:
         raise RecipeError(
@@ -95,7 +98,9 @@ def read_calibration_samples(teacher: Checkpoint, data: Data, seed: int) -> Cali
     processor = open_processor(teacher)
     if processor is None:
         raise DataError(f"{teacher.path} has no tokenizer for samples", "give --tokenizer FILE")
-    corpus = open_corpus(data.train, None if data.image_root is None else Path(data.image_root))
+    seed = seed if data.shuffle_seed is None else data.shuffle_seed
+    root = None if data.image_root is None else Path(data.image_root)
+    corpus = open_corpus(data.train, root, seed=seed)
     loader = StepLoader(
         corpus,
         processor,
@@ -104,12 +109,16 @@ def read_calibration_samples(teacher: Checkpoint, data: Data, seed: int) -> Cali
         batching="bucketed",
         seed=seed,
         max_tiles=data.max_tiles,
+        shuffle=data.shuffle,
         single_pass=True,
     )
     batches: list[Calibration] = []
+    bad: list[BadSample] = []
     samples = columns = 0
     for step in range(loader.steps_per_pass):
-        for micro in loader.step(step).micro_batches:
+        loaded = loader.step(step)
+        bad += loaded.bad
+        for micro in loaded.micro_batches:
             if micro.num_samples:
                 # Pictures of a generated corpus are drawn here.
                 batch = micro.to("cpu")
@@ -120,6 +129,13 @@ def read_calibration_samples(teacher: Checkpoint, data: Data, seed: int) -> Cali
                 samples, columns = samples + batch.num_samples, columns + batch.num_tokens
         if columns >= MAX_CALIBRATION_COLUMNS:
             break
+    if len(bad) > data.max_bad_share * (samples + len(bad)):
+        named = "; ".join(f"{sample.name}: {sample.reason}" for sample in bad[:3])
+        raise DataError(
+            f"{len(bad)} of {samples + len(bad)} samples could not be used, more than "
+            f"data.max_bad_share = {data.max_bad_share:g} allows; the first: {named}",
+            "see them all with `mmmamba data check --all`, or raise data.max_bad_share",
+        )
     if len(batches) < 2:
         raise DataError(
             f"{data.train} has {samples} samples that can be read, calibration needs at least "

@@ -93,6 +93,11 @@ def import_student(
 def _teacher_of(run: Run, student: Checkpoint, given: Checkpoint | None) -> Teacher | None:
     """The run's teacher, else the given one. Raises unless the student fits it."""
     known = run.record.teacher if run.exists else None
+    if known is not None and known.in_place:
+        raise RunError(
+            f"{run.folder} has students of transformers' own classes, and this is another kind",
+            "import into another --run",
+        )
     if given is None:
         if known is not None and Path(known.path).exists():
             _check_fit(student, run.open_teacher())

@@ -5,7 +5,8 @@ Legend: B rows, T columns, N new tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,14 @@ class Rounding:
 
     @property
     def largest(self) -> float:
-        return max(self.cached, self.padded or 0.0)
+        return largest((self.cached, self.padded or 0.0))
+
+
+def largest(distances: Iterable[float]) -> float:
+    """The largest of the distances, NaN if one is; 0 without any."""
+    found = list(distances)
+    # `max` returns a NaN only if it comes first.
+    return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
 
 
 def relative_distance(found: Tensor, expected: Tensor) -> float:
@@ -193,7 +201,7 @@ def padded_distance(model: Any, prompts: Prompts) -> float | None:
     if prompts.batch is None:
         return None
     together = logits_of(model, prompts.batch)[:, -1]
-    return max(
+    return largest(
         relative_distance(together[index], logits_of(model, row)[0, -1])
         for index, row in enumerate(prompts.rows)
     )

@@ -9,7 +9,7 @@ import pytest
 from ablation_plans import WritePlan
 
 from mmmamba_cli.ablation import expand, load_plan
-from mmmamba_cli.ablation.cells import find_shared_stages, select
+from mmmamba_cli.ablation.cells import check_keep, find_shared_stages, select
 from mmmamba_cli.architecture import parameter_shapes
 from mmmamba_cli.checkpoint import open_checkpoint
 from mmmamba_cli.distill.student_layers import holistic_layers
@@ -62,6 +62,10 @@ def refusal(file: Path) -> str:
         (
             {"arms": [{"name": "linear", "stages": ["stage2", "stage1"]}]},
             ["arm linear: stages: are stage2, stage1, must be in the recipe's order"],
+        ),
+        (
+            {"arms": [{"name": "linear", "set": {"layers.attention": 1}, "stages": ["stage1"]}]},
+            ["arm linear: layers.attention is set, and none of its stages", "add stage3"],
         ),
     ],
 )
@@ -149,3 +153,28 @@ def test_adapters_of_the_plan_stability_are_all_that_learns(arm: str, adapters: 
     learned = select_trainable(stage, holistic_layers(architecture), names)  # type: ignore[arg-type]
     assert sorted(lora_weight_names(stage, learned, names)) == learned
     assert len(learned) == adapters
+
+
+@pytest.mark.parametrize("field", ["seed=3", "teacher=other"])
+def test_fields_of_the_plan_cannot_be_set(field: str, write_plan: WritePlan) -> None:
+    with pytest.raises(RecipeError, match=f"--set {field}: {field[:4]}.* is the plan's"):
+        expand(load_plan(write_plan({})), [field])
+
+
+def test_products_to_keep_must_exist(write_plan: WritePlan) -> None:
+    cells = expand(load_plan(write_plan({})))
+    good = [
+        "evaluated",
+        "all",
+        "none",
+        "seed",
+        "stage1",
+        "hybrid-1",
+        "linear-stage3",
+        "stage2-best",
+    ]
+    check_keep(good, cells)
+    with pytest.raises(RecipeError, match=r"called evalutated.*did you mean evaluated"):
+        check_keep(["evalutated"], cells)
+    named = {"arms": [{"name": "linear", "commands": ["hybridize --run {run} --name mine"]}]}
+    check_keep(["mine"], expand(load_plan(write_plan(named))))

@@ -97,3 +97,10 @@ def test_a_processor_that_changes_more_than_pictures_is_noticed() -> None:
     assert find_answers(ids, is_answer, [1, 9, 7, 7, 7, 9, 2, 3, 8, 4]) == [False] * 7 + [True] * 3
     assert find_answers(ids, is_answer, [1, 7, 2, 8, 3, 4]) is None
     assert find_answers(ids, is_answer, [1, 7, 2, 3, 5, 4]) is None
+
+
+@pytest.mark.parametrize("template", [THOUGHT, OPENED])
+@pytest.mark.parametrize("answer", ["in", "k", "think", "<think>", "t"])
+def test_an_answer_may_have_letters_of_what_comes_before_it(template: str, answer: str) -> None:
+    messages = [*MESSAGES[:3], {"role": "assistant", "content": answer}]
+    assert answers(template, messages)[-1].endswith(f"</think>\n\n{answer}{END}")

@@ -24,6 +24,7 @@ from mmmamba_cli.evaluate import (
     evaluate_model,
     evaluator,
     fingerprint,
+    images,
     open_suite,
 )
 from mmmamba_cli.evaluate.answer_cache import AnswerCache, AnswerRecord
@@ -298,3 +299,19 @@ def test_cache_is_locked(tmp_path: Path) -> None:
         store(tmp_path),
     ):
         pass
+
+
+def test_pictures_beside_the_table_come_first(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current folder may have other pictures of the same names."""
+    file = with_files(data)
+    elsewhere = tmp_path / "elsewhere"
+    other = elsewhere / file.relative_to(data)
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"another picture")
+    monkeypatch.chdir(elsewhere)
+    name = str(file.relative_to(data))
+    assert images._find(data / "MME.tsv", name, "MME", "0") == file
+    file.unlink()
+    assert images._find(data / "MME.tsv", name, "MME", "0").read_bytes() == b"another picture"

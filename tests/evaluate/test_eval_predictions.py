@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -240,3 +241,22 @@ def test_workbook_without_openpyxl(
     done = mmmamba("eval", "--suite", "mme", "--predictions", file, "--data", data)
     assert done.code == 2
     assert "pip install 'mmmamba[eval]'" in done.err
+
+
+@pytest.mark.parametrize("answer", ["Yes\rNo", "\r", "Yes\r", 'say "yes"\r\nno', "a\tb\nc"])
+def test_odd_answers_are_read_back(
+    answer: str, mmmamba: Command, data: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "answers.jsonl"
+    given = {row["index"]: answer if row["index"] == 3 else row["answer"] for row in mme_rows()}
+    lines = [json.dumps({"index": i, "prediction": one}) for i, one in given.items()]
+    file.write_text("\n".join(lines))
+    words = ["--suite", "mme", "--data", data, "--out", tmp_path, "--predictions"]
+    first = found(mmmamba, *words, file)["results"][0]
+    written = tmp_path / "answers/mme/predictions.tsv"
+    with written.open(newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle, delimiter="\t"))
+    assert {row["index"]: row["prediction"] for row in rows} == {
+        str(index): one for index, one in given.items()
+    }
+    assert found(mmmamba, *words, written)["results"][0]["rules"] == first["rules"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from sentencepiece import sentencepiece_model_pb2
 from suite_tables import mme_rows, write_tsv
 
 from mmmamba_cli.errors import DataError
@@ -21,9 +24,10 @@ from mmmamba_cli.evaluate import open_suite as opened
 from mmmamba_cli.evaluate.batch_memory import tokens_that_fit
 from mmmamba_cli.evaluate.model_adapter import HolisticVLMAdapter, load_eval_model
 from mmmamba_cli.evaluate.prompts import build_eval_prompt
-from mmmamba_cli.runs import Run, resolve_product, resolve_teacher
+from mmmamba_cli.runs import Run, resolve_path, resolve_product, resolve_teacher
 
 MME = find_suite("mme")
+LINEAR = Path(__file__).parents[2] / "evals/scenes/models/linear"
 
 
 @pytest.fixture(scope="module", params=["student", "teacher"])
@@ -228,3 +232,21 @@ def test_text_model_rejects_pictures(prompts: list[EvalPrompt]) -> None:
     blind.identity = ModelIdentity("plain", "hash")
     with pytest.raises(DataError, match="row 0 has a picture, but plain reads text only"):
         blind.encode(prompts[0])
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.model"])
+def test_identity_has_tokenizer_and_suppressed_tokens(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(LINEAR, folder)
+    before = load_eval_model(resolve_path(folder), "cpu").identity
+    file = folder / name
+    if name == "tokenizer.model":
+        model = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+        model.pieces[-1].piece += "x"
+        file.write_bytes(model.SerializeToString())
+    else:
+        settings = json.loads(file.read_text())
+        file.write_text(json.dumps({**settings, "suppress_tokens": [7]}))
+    after = load_eval_model(resolve_path(folder), "cpu").identity
+    assert before.content_hash == after.content_hash
+    assert before.answers_depend_on != after.answers_depend_on

@@ -210,6 +210,9 @@ def test_answers_of_another_model_or_table_are_not_reused(
         return len(model.asked)
 
     assert (asked("one"), asked("one"), asked("one", max_tiles=2)) == (28, 0, 28)
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "style_of", lambda *_: adapter.DatasetStyle(adapter.PromptStyle()))
+        assert asked("one") == 28
     other = ScriptedModel(lambda prompt: "Yes", name="one")
     other.identity = replace(other.identity, content_hash="other weights")
     adapter.evaluate(other, ["MME"], EvalOptions(data=tmp_path), tmp_path / "out")

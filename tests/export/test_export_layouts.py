@@ -23,6 +23,8 @@ from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.export import FORMATS, export_checkpoint
 from mmmamba_cli.runs import open_processor
 
+LINEAR = Path(__file__).parents[2] / "evals/scenes/models/linear"
+
 
 def mmmamba(*words: object) -> Any:
     """Run the command line; a MmmambaError is raised."""
@@ -319,3 +321,16 @@ def test_code_references_of_the_teacher_are_dropped(golden_case: Path, tmp_path:
     text = (tmp_path / "out/config.json").read_text()
     assert "secret" not in text and "modeling_internlm2" not in text
     assert all("--" in value for value in json.loads(text)["auto_map"].values())
+
+
+def test_a_native_export_keeps_the_dtype_of_each_tensor(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(LINEAR, source)
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.mixer.o_proj.weight"
+    tensors[name] = tensors[name].float() + 1e-5
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    kept = export(source, "hub", tmp_path / "kept")
+    assert kept[name].dtype == torch.float32 and torch.equal(kept[name], tensors[name])
+    told = export(source, "hub", tmp_path / "told", dtype=torch.bfloat16)
+    assert told[name].dtype == torch.bfloat16

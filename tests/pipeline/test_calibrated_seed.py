@@ -19,7 +19,7 @@ from mmmamba_cli.cli.app import app
 from mmmamba_cli.errors import CheckpointError, DataError, RecipeError
 from mmmamba_cli.model.mixer import mixer_class
 from mmmamba_cli.model.sequence_layout import SequenceLayout
-from mmmamba_cli.recipe import load_recipe
+from mmmamba_cli.recipe import Data, load_recipe
 from mmmamba_cli.seed.calibrated_start import (
     HALF_LIVES,
     LayerSums,
@@ -27,6 +27,7 @@ from mmmamba_cli.seed.calibrated_start import (
     keep_long_memories,
     load_start,
 )
+from mmmamba_cli.seed.calibration_walk import read_calibration_samples
 from mmmamba_cli.seed.weight_transfer import student_config
 
 
@@ -175,3 +176,31 @@ def test_too_few_samples(seeded: Path, tmp_path: Path) -> None:
     file = write_conversations(tmp_path, 3)
     with pytest.raises(DataError, match="has 3 samples that can be read, calibration needs at"):
         seed(seeded, tmp_path / "run", "--init", "calibrated", "--set", f"data.train={file}")
+
+
+def first_rows(folder: Path, data: Data, seed: int) -> list[list[int]]:
+    """The token ids of the first batch of samples."""
+    teacher = open_checkpoint(folder / "hovle.ckpt")
+    (batch, *_) = read_calibration_samples(teacher, data, seed).batches
+    pairs = zip(batch.input_ids, batch.attention_mask, strict=True)
+    return [row[real].tolist() for row, real in pairs]
+
+
+def test_samples_are_those_of_training(seeded: Path) -> None:
+    data = Data(train=str(seeded / "train.jsonl"), image_root=str(seeded), max_length=400)
+    in_order = first_rows(seeded, data.model_copy(update={"shuffle": False}), 0)
+    assert in_order == first_rows(seeded, data.model_copy(update={"shuffle": False}), 1)
+    assert in_order != first_rows(seeded, data, 0) != first_rows(seeded, data, 1)
+    by_data = data.model_copy(update={"shuffle_seed": 1})
+    assert first_rows(seeded, by_data, 0) == first_rows(seeded, data, 1)
+
+
+def test_too_many_unreadable_samples(seeded: Path, tmp_path: Path) -> None:
+    lines = (seeded / "train.jsonl").read_text().replace("train-1.png", "gone.png")
+    (tmp_path / "bad.jsonl").write_text(lines)
+    words = ("--init", "calibrated", "--set", f"data.train={tmp_path / 'bad.jsonl'}")
+    images = ("--set", f"data.image_root={seeded}", "--set", "data.max_length=400")
+    share = ("--set", "data.max_bad_share=0.05")
+    with pytest.raises(DataError, match="1 of 12 samples could not be used, more than"):
+        seed(seeded, tmp_path / "run", *words, *images, *share)
+    assert seed(seeded, tmp_path / "run", *words, *images, "--set", "data.max_bad_share=0.1")

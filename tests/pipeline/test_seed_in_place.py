@@ -239,3 +239,14 @@ def test_commands_that_do_not_take_such_a_student_say_so(teachers: Path, tmp_pat
     with pytest.raises(MmmambaError, match="--select does not score yet"):
         words = ("--select", "kl-zero", "--attn-layers", 1, "--device", "cpu")
         mmmamba("hybridize", *words, "--run", tmp_path / "run")
+
+
+def test_a_student_of_another_kind_is_refused(tmp_path: Path) -> None:
+    """A run has students of one kind: of transformers' own class, or of this package's."""
+    save_teacher(FAMILIES["llama"], tmp_path / "teacher")
+    mmmamba("seed", tmp_path / "teacher", "--in-place", "--run", tmp_path / "run", "--no-report")
+    mmmamba("seed", tmp_path / "teacher", "--run", tmp_path / "other", "--no-report")
+    words = ("import", tmp_path / "other/products/seed", "--teacher", tmp_path / "teacher")
+    with pytest.raises(MmmambaError, match="import into another --run"):
+        mmmamba(*words, "--run", tmp_path / "run")
+    assert Run(tmp_path / "run").record.current == "seed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from verification_teachers import GOLDEN, edit_tensors, names_with, result, veri
 from mmmamba_cli.errors import CheckpointError
 from mmmamba_cli.ops.attention import ATTENTION_BACKENDS
 from mmmamba_cli.verification import (
+    comparison,
     native_model,
     native_verifier,
     student_checks,
@@ -175,3 +177,10 @@ def test_a_mixer_that_a_cache_changes_is_found(
     monkeypatch.setattr(native_model, "replacing_mixers", lambda: ["gla"])
     report = verify(golden)
     assert names_with(report, "different") == ["mixer gla"]
+
+
+@pytest.mark.parametrize("distances", [(math.nan, 1.0), (1.0, math.nan), (0.0, math.nan, 2.0)])
+def test_a_distance_that_is_not_a_number_is_the_largest(distances: tuple[float, ...]) -> None:
+    assert math.isnan(comparison.largest(distances))
+    assert math.isnan(comparison.Rounding(*distances[:2]).largest)
+    assert comparison.largest((1.0, 3.0, 2.0)) == 3.0
