@@ -322,10 +322,11 @@ def _evaluated(contents: RunContents, remarks: list[str]) -> Iterator[ModelResul
     evaluated = read_run_results(contents.folder)
     remarks += evaluated.left_out
     for file, result in evaluated.results.items():
-        product = contents.products.get(result.model.name)
-        if product is not None and product.content_hash != result.model.content_hash:
+        name = result.model.name
+        made = contents.teacher if name == TEACHER else contents.products.get(name)
+        if made is not None and made.content_hash != result.model.content_hash:
             remarks.append(
-                f"{contents.label(product.name)} was made again after it was asked {result.suite}: "
+                f"{contents.label(name)} was made again after it was asked {result.suite}: "
                 "its answers, of the earlier weights, are left out"
             )
             continue

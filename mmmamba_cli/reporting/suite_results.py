@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmmamba_cli.errors import MmmambaError
-from mmmamba_cli.evaluate import Suite
+from mmmamba_cli.evaluate import Result, Suite
+from mmmamba_cli.evaluate.result import CHOSEN_BY_LIKELIHOOD
 from mmmamba_cli.evaluate.rows import Row
 from mmmamba_cli.evaluate.vlmeval_table import VLMEvalTable
 from mmmamba_cli.reporting.comparisons import ScoreDifference, product_pairs, score_difference
@@ -24,7 +25,7 @@ from mmmamba_cli.runs import TEACHER
 class SuiteResults:
     """The comparable results of a suite. `problem` tells why its questions are not there.
 
-    `others` are results over other questions, which are not shown.
+    `others` are results over other questions, or by likelihood among generated ones; not shown.
     """
 
     name: str
@@ -78,9 +79,9 @@ def suite_results(report: ReportData, data: Path | None) -> list[SuiteResults]:
     found = []
     for name in dict.fromkeys(one.result.suite for one in report.evaluated):
         results = [one for one in report.evaluated if one.result.suite == name]
-        # Results over other questions are not comparable: the largest comparable group is shown.
+        # The largest comparable group is shown.
         groups = [
-            [one for one in results if one.result.data.same_questions(first.result.data)]
+            [one for one in results if _is_comparable(one.result, first.result)]
             for first in results
         ]
         alike = max(groups, key=len)
@@ -92,6 +93,15 @@ def suite_results(report: ReportData, data: Path | None) -> list[SuiteResults]:
         shown = [without_short_intervals(result, one.rows) for result in alike]
         found.append(replace(one, results=shown))
     return found
+
+
+def _is_comparable(one: Result, other: Result) -> bool:
+    """Whether both have answers to the same questions, generated or chosen by likelihood."""
+    ways = {
+        str(result.settings.get("answers", "")).startswith(CHOSEN_BY_LIKELIHOOD)
+        for result in (one, other)
+    }
+    return one.data.same_questions(other.data) and len(ways) == 1
 
 
 def suite_sections(
@@ -116,5 +126,7 @@ def suite_sections(
         left_out[f"examples, {one.name}"] = reason
     if one.others:
         labels = ", ".join(other.label for other in one.others)
-        left_out[f"some scores, {one.name}"] = f"asked other questions than the others: {labels}"
+        left_out[f"some scores, {one.name}"] = (
+            f"asked other questions than the others, or answered in another way: {labels}"
+        )
     return parts

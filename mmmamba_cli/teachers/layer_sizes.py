@@ -19,10 +19,11 @@ def text_layer_sizes(config: Any) -> list[tuple[StackConfig, int | None]]:
         MmmambaError: a teacher that cannot be converted.
     """
     text = text_config(config)
-    kinds = getattr(text, "layer_types", None) or ()
+    # Without types, as in Mistral, the window is that of every layer: transformers' caches too.
+    kinds = getattr(text, "layer_types", None)
     window = getattr(text, "sliding_window", None)
     found = []
     for layer, view in enumerate(anatomy_of(config).attention):
-        slides = layer < len(kinds) and kinds[layer] == "sliding_attention"
+        slides = not kinds or (layer < len(kinds) and kinds[layer] == "sliding_attention")
         found.append((attention_stack(view, text), int(window) if slides and window else None))
     return found

@@ -19,6 +19,7 @@ from mmmamba_cli.errors import RunError
 from mmmamba_cli.recipe import dump_recipe, load_recipe
 from mmmamba_cli.reporting import build_page, read_report_data
 from mmmamba_cli.reporting.provenance import side_by_side
+from mmmamba_cli.reporting.suite_results import suite_results
 
 Full = tuple[Path, Path, Path]
 # Attributes that make a browser load a resource.
@@ -207,12 +208,17 @@ def test_another_table_is_rejected(full: Full, tmp_path: Path) -> None:
     assert "is not the table" in found.left_out["examples, scenes"]
 
 
-def test_answers_of_earlier_weights_are_left_out(full: Full, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "left"), [("linear-stage3", "teacher"), ("teacher", "linear-stage3")]
+)
+def test_answers_of_earlier_weights_are_left_out(
+    name: str, left: str, full: Full, tmp_path: Path
+) -> None:
     run, _, data = full
     shutil.copytree(run, tmp_path / "run")
-    answer(tmp_path / "run", data, "linear-stage3", ["Yes"] * 20, content_hash="e" * 64)
+    answer(tmp_path / "run", data, name, ["Yes"] * 20, content_hash="e" * 64)
     report = read_report_data(tmp_path / "run")
-    assert [one.label for one in report.evaluated] == ["teacher"]
+    assert [one.label for one in report.evaluated] == [left]
     assert "was made again" in build_page(report, created="now", data=data).html
 
 
@@ -304,3 +310,17 @@ def test_shipped_models_are_labelled_without_the_run(full: Full, tmp_path: Path)
         answer(asked, data, name, ["Yes"] * len((data / "SCENES.tsv").read_text().splitlines()[1:]))
     labels = read_report_data(run, [asked]).labels
     assert {"scenes-linear", "elsewhere (other)"} <= set(labels)
+
+
+def test_chosen_and_generated_answers_are_not_compared(full: Full, tmp_path: Path) -> None:
+    source, _, data = full
+    run = tmp_path / "run"
+    shutil.copytree(source, run)
+    (before,) = suite_results(read_report_data(run), data)
+    assert len(before.results) == 2 and before.kept
+    file = run / "evals" / "linear-stage3" / "scenes" / "result.json"
+    value = json.loads(file.read_text())
+    value["settings"]["answers"] = "chosen by likelihood"
+    file.write_text(json.dumps(value))
+    (after,) = suite_results(read_report_data(run), data)
+    assert (len(after.results), len(after.others)) == (1, 1)
