@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from mmmamba_cli.chat.chat_model import AnsweringModel, ChatAnswer, drain, load_chat_model
@@ -131,6 +139,33 @@ class _TokenQueue(BaseStreamer):
         """The queue ends when `generate` has returned."""
 
 
+class _Draw(LogitsProcessor):  # type: ignore[misc]
+    """Logits whose largest is a token drawn from their softmax, by the Gumbel-max trick.
+
+    `generate` samples with torch's global generator, which models that answer side by side share.
+    """
+
+    def __init__(self, seed: int, device: torch.device):
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        drawn = torch.empty_like(scores).exponential_(generator=self._generator)
+        return scores.log_softmax(-1) - drawn.log()
+
+
+def _sampling(settings: Settings, device: torch.device) -> LogitsProcessorList:
+    """Temperature, top k, top p and the draw; empty for greedy decoding."""
+    found = LogitsProcessorList()
+    if settings.temperature > 0:
+        found.append(TemperatureLogitsWarper(float(settings.temperature)))
+        if settings.top_k:
+            found.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p is not None and settings.top_p < 1:
+            found.append(TopPLogitsWarper(settings.top_p))
+        found.append(_Draw(settings.seed, device))
+    return found
+
+
 @dataclass
 class _Decoding:
     """One answer decoded by `generate` in a thread."""
@@ -156,26 +191,17 @@ class _Decoding:
             thread.join()
 
     def _generate(self) -> None:
-        settings, drawn = self.settings, self.settings.temperature > 0
-        sampling: dict[str, Any] = {"do_sample": drawn}
-        if drawn:
-            # 0 and 1 leave all tokens in, whatever the generation config says.
-            sampling |= {
-                "temperature": settings.temperature,
-                "top_k": settings.top_k or 0,
-                "top_p": settings.top_p or 1.0,
-            }
         try:
-            with torch.random.fork_rng():
-                torch.manual_seed(settings.seed)
-                self.model.generate(
-                    **self.inputs,
-                    **sampling,
-                    max_new_tokens=settings.max_new_tokens,
-                    eos_token_id=sorted(self.eos) or None,
-                    streamer=_TokenQueue(self.tokens),
-                    stopping_criteria=StoppingCriteriaList([_StopOnEvent(self.stopped)]),
-                )
+            self.model.generate(
+                **self.inputs,
+                # `_Draw` samples where the temperature is above 0.
+                do_sample=False,
+                logits_processor=_sampling(self.settings, self.model.device),
+                max_new_tokens=self.settings.max_new_tokens,
+                eos_token_id=sorted(self.eos) or None,
+                streamer=_TokenQueue(self.tokens),
+                stopping_criteria=StoppingCriteriaList([_StopOnEvent(self.stopped)]),
+            )
         except BaseException as error:  # noqa: BLE001  raised again by `run`
             self.tokens.put(error)
         else:

@@ -194,9 +194,15 @@ def json_text(parts: BaseModel | Sequence[BaseModel]) -> str:
 
 
 def write_result(folder: Path, scored: ScoredSuite, answers: Mapping[str, str]) -> None:
-    """Write `result.json`, and `predictions.tsv` in VLMEvalKit's columns for other scorers."""
+    """Write `result.json`, and `predictions.tsv` in VLMEvalKit's columns for other scorers.
+
+    A `retention.json` of another result is removed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(folder / RESULT, json_text(scored.result))
+    file, result = folder / RESULT, json_text(scored.result)
+    if not file.is_file() or file.read_text(encoding="utf-8") != result:
+        (folder / RETENTION).unlink(missing_ok=True)
+    atomic_write_text(file, result)
     text = io.StringIO()
     # The writer of Python 3.11 does not quote a carriage return, which readers take for an end.
     is_odd = any("\r" in cell for cell in answers.values())

@@ -22,15 +22,17 @@ def without_short_intervals(one: ModelResult, rows: Sequence[Row]) -> ModelResul
     `rows` are the questions that were asked; if they are not known, the number of questions bounds
     that of pictures.
     """
-    rules = tuple(_reduced(part, _units(part, rows)) for part in one.result.rules)
+    # A picture may be in several categories.
+    total = len({row.unit for row in rows}) if rows else None
+    rules = tuple(_reduced(part, _units(part, rows), total) for part in one.result.rules)
     return replace(one, result=one.result.model_copy(update={"rules": rules}))
 
 
-def _reduced(part: RuleResult, units: Mapping[str, int]) -> RuleResult:
-    total, smallest = sum(units.values()), min(units.values(), default=MIN_UNITS)
+def _reduced(part: RuleResult, units: Mapping[str, int], total: int | None) -> RuleResult:
     if not units:
         return part
-    known = {**dict.fromkeys(part.intervals, total), MEAN: smallest, **units}
+    whole = sum(units.values()) if total is None else total
+    known = {**dict.fromkeys(part.intervals, whole), MEAN: min(units.values()), **units}
     kept = {name: span for name, span in part.intervals.items() if known[name] >= MIN_UNITS}
     return part.model_copy(update={"intervals": kept})
 

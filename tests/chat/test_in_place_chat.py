@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ from families import FAMILIES, conversation, picture, save_teacher
 from PIL import Image
 from typer.testing import CliRunner
 
-from mmmamba_cli.chat import ChatAnswer, Conversation, InPlaceChatModel, Settings
+from mmmamba_cli.chat import (
+    ChatAnswer,
+    Conversation,
+    InPlaceChatModel,
+    Settings,
+    in_place_chat,
+)
 from mmmamba_cli.chat.in_place_chat import load_any_chat_model
 from mmmamba_cli.cli.app import app
 from mmmamba_cli.errors import MmmambaError
@@ -94,6 +101,35 @@ def test_stop_tokens_end_an_answer_and_sampling_is_seeded(runs: Path) -> None:
     ids = model.model.generate(**inputs, max_new_tokens=2, do_sample=False, eos_token_id=None)
     answer = say(model, talk, Settings(TOKENS, eos=(int(ids[0, -1]),)))
     assert answer.tokens == 1 and answer.finished
+
+
+def test_models_side_by_side_draw_as_alone(runs: Path) -> None:
+    models = [load(runs, "qwen3"), load(runs, "qwen3")]
+    settings = Settings(TOKENS, temperature=5.0, seed=3, eos=())
+    talks = []
+    for model in models:
+        talk = Conversation((model.name,))
+        talk.ask(QUESTION)
+        talks.append(talk)
+    alone = say(models[0], talks[0], settings).text
+    answers = [ChatAnswer() for _ in models]
+    parts = zip(models, talks, answers, strict=True)
+    streams = [model.answer(talk, settings, answer) for model, talk, answer in parts]
+    pieces: list[list[str]] = [[], []]
+    for both in zip_longest(*streams):
+        for own, piece in zip(pieces, both, strict=True):
+            own.append(piece or "")
+    assert ["".join(own) for own in pieces] == [alone, alone]
+
+
+def test_draws_have_the_probabilities_of_the_logits() -> None:
+    logits = torch.tensor([[2.0, 0.0, 1.0, -torch.inf]]).expand(20_000, 4)
+    ids = torch.zeros(20_000, 1, dtype=torch.long)
+    settings = Settings(1, temperature=0.5, top_k=2)
+    scores = in_place_chat._sampling(settings, torch.device("cpu"))(ids, logits)
+    shares = scores.argmax(-1).bincount(minlength=4) / 20_000
+    expected = torch.tensor([4.0, -torch.inf, 2.0, -torch.inf]).softmax(-1)
+    torch.testing.assert_close(shares, expected, atol=0.01, rtol=0)
 
 
 def test_a_closed_answer_ends_its_thread(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,12 +203,17 @@ def test_retention_with_intervals(
         assert part["ratio"] == pytest.approx(part["student_value"] / part["teacher_value"])
         low, high = part["interval"] or (part["ratio"], part["ratio"])
         assert low <= part["ratio"] <= high
-    written = json.loads((tmp_path / "seed" / "mme" / "retention.json").read_text())
-    assert written == said["retention"]
+    file = tmp_path / "seed" / "mme" / "retention.json"
+    assert json.loads(file.read_text()) == said["retention"]
     # MME asks for yes and no: its answers are those of --choose.
     again = found(mmmamba, *words, "--teacher", "--answers", "likelihood")
     assert again == said
     assert {part["chance"] for part in said["retention"]} == {750.0}
+    # It stays beside its own result, and goes with it.
+    found(mmmamba, *words, "--choose")
+    assert file.exists()
+    found(mmmamba, *words)
+    assert not file.exists()
 
 
 def test_folder_that_is_not_a_run(mmmamba: Command, data: Path, tmp_path: Path) -> None:

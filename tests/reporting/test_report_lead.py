@@ -257,6 +257,13 @@ def test_few_pictures_have_no_interval(full: Full) -> None:
     assert set(reduced.intervals) == {"colour"} and set(reduced.metrics) >= {"mean", "count"}
     assert lacks_intervals([reduced])
     again = [without_short_intervals(one, few) for one in suite.results]
+    # Four pictures in two categories are four and not eight.
+    shared = [replace(row, unit=str(index // 4 % 4)) for index, row in enumerate(suite.rows)]
+    part = student.result.rules[0]
+    whole = part.model_copy(update={"intervals": {"accuracy": (0.0, 1.0)}})
+    one = replace(student, result=student.result.model_copy(update={"rules": (whole,)}))
+    assert not without_short_intervals(one, shared).result.rules[0].intervals
+    assert without_short_intervals(one, suite.rows).result.rules[0].intervals
     (kept,) = replace(suite, results=again).kept
     assert str(kept.above) == "90.0" and str(kept.student_score) == "95.0"
 
