@@ -139,7 +139,7 @@ class _TokenQueue(BaseStreamer):
         """The queue ends when `generate` has returned."""
 
 
-class _Draw(LogitsProcessor):  # type: ignore[misc]
+class _Draw(LogitsProcessor):
     """Logits whose largest is a token drawn from their softmax, by the Gumbel-max trick.
 
     `generate` samples with torch's global generator, which models that answer side by side share.

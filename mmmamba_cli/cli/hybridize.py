@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ from mmmamba_cli.cli.console import (
     print_warning,
     progress,
 )
+from mmmamba_cli.cli.kv_budget import KVBudget
 from mmmamba_cli.cli.next_steps import GivenOptions, steps_after
 from mmmamba_cli.cli.options import (
     DEFAULT_RUN,
@@ -27,7 +29,6 @@ from mmmamba_cli.cli.options import (
     RunFolder,
     TeacherPath,
     layers_in_words,
-    read_lengths,
 )
 from mmmamba_cli.errors import RecipeError
 
@@ -158,7 +159,9 @@ def command(
             recipe.layers.select or "", samples, steps, seed, greedy, device, teacher
         )
         choice = _choose(target, source, measured_on, options, budget)
-        if choice.measured is not None:
+        if choice.measured is None:
+            _check_unused(given)
+        else:
             _show_measured(target, choice.measured, as_json)
         if dry_run:
             _print_choice(target, source, choice, as_json)
@@ -184,31 +187,6 @@ def command(
         return
     _print_result(target, source, manifest)
     steps_after(target, manifest, GivenOptions(teacher)).print()
-
-
-@dataclass(frozen=True)
-class KVBudget:
-    """Bytes of keys and values at a context length in tokens, as given on the command line."""
-
-    size: int
-    context: int
-
-    @classmethod
-    def parse(cls, size: str | None, context: str | None) -> KVBudget | None:
-        """The options --kv-bytes and --context; None without. Raises `RecipeError`."""
-        from mmmamba_cli.layer_selection import parse_bytes
-
-        if size is None and context is None:
-            return None
-        if size is None or context is None:
-            raise RecipeError(
-                "--kv-bytes and --context belong together",
-                "give both, as in --kv-bytes 1GiB --context 100k",
-            )
-        (length, *more) = read_lengths(context, "--context")
-        if more:
-            raise RecipeError(f"--context {context} names several lengths", "give one")
-        return cls(parse_bytes(size), length)
 
 
 @dataclass(frozen=True)
@@ -253,6 +231,21 @@ def _plan(
                 f"--layers is {layers!r}, expected numbers of layers: 0,8,16"
             ) from error
     return plan
+
+
+def _check_unused(given: Mapping[str, str | None]) -> None:
+    """Raise `RecipeError` for data that are given though no layers are scored on them."""
+    options = {
+        "data.train": "--data",
+        "data.held_out": "--held-out",
+        "data.image_root": "--image-root",
+    }
+    for field, value in given.items():
+        if value is not None:
+            raise RecipeError(
+                f"{options[field]} is for layers that are chosen by their scores",
+                "add --select kl-zero, or leave it out",
+            )
 
 
 def _choose(

@@ -23,9 +23,9 @@ LAYERS = 8
 def hybridize(work: Path, seeded: Path) -> Any:
     """Run `mmmamba hybridize` on a copy of the seeded run; a MmmambaError is raised."""
 
-    def run(*words: object, data: str = "train") -> Any:
-        options = ("--run", work / "run", "--data", seeded / f"{data}.jsonl", "--samples", "6")
-        arguments = ["hybridize", *map(str, (*options, *words))]
+    def run(*words: object, data: str | None = "train") -> Any:
+        given = () if data is None else ("--data", seeded / f"{data}.jsonl", "--samples", "6")
+        arguments = ["hybridize", *map(str, ("--run", work / "run", *given, *words))]
         return CliRunner().invoke(app, arguments, catch_exceptions=False)
 
     return run
@@ -52,7 +52,7 @@ def test_layers_chosen_by_measurement(work: Path, hybridize: Any) -> None:
     assert (recipe.layers.attention, recipe.layers.select) == (2, "kl-zero")
     assert file.with_suffix(".svg").read_text().startswith("<svg xmlns=")
     # The product without a measurement has no record of one.
-    hybridize("--attn-layers", "2", "--from", "seed")
+    hybridize("--attn-layers", "2", "--from", "seed", data=None)
     assert "selection" not in json.loads((work / "run/products/hybrid-2/manifest.json").read_text())
 
 
@@ -171,6 +171,7 @@ def test_scores_of_ones_own(work: Path, hybridize: Any, tmp_path: Path) -> None:
         (("--kv-bytes", "1MiB", "--select", "mse"), "--kv-bytes and --context belong together"),
         (("--select", "mse", "--greedy", "--attn-layers", "1"), "--greedy is not possible"),
         (("--select", "kl", "--attn-layers", "1"), "give --held-out FILE"),
+        (("--attn-layers", "1"), "--data is for layers that are chosen by their scores"),
         (("--select", "mse", "--attn-layers", "9"), "must be from 0 to 8"),
     ],
 )
