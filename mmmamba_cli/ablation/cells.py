@@ -208,7 +208,8 @@ def _stages(plan: Plan, arm: Arm, recipe: Recipe) -> tuple[str, ...]:
 def _check_attention(plan: Plan, arm: Arm, recipe: Recipe, stages: Sequence[str]) -> None:
     """Raise `RecipeError` if an arm sets attention layers that none of its stages has."""
     lineage = plan.lineage(arm)
-    is_set = any(field.split(".")[0] == "layers" for one in lineage for field in one.set)
+    fields = {"layers", "layers.attention", "layers.select"}
+    is_set = any(not fields.isdisjoint(one.set) for one in lineage)
     has_layers = recipe.layers.attention not in (0, ()) or recipe.layers.select is not None
     planned = [stage.name for stage in recipe.stages if stage.layers == "planned"]
     if (
