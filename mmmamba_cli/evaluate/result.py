@@ -200,7 +200,7 @@ def write_result(folder: Path, scored: ScoredSuite, answers: Mapping[str, str]) 
     """
     folder.mkdir(parents=True, exist_ok=True)
     file, result = folder / RESULT, json_text(scored.result)
-    if not file.is_file() or file.read_text(encoding="utf-8") != result:
+    if not file.is_file() or file.read_text(encoding="utf-8-sig") != result:
         (folder / RETENTION).unlink(missing_ok=True)
     atomic_write_text(file, result)
     text = io.StringIO()
