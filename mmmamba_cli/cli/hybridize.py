@@ -22,6 +22,7 @@ from mmmamba_cli.cli.kv_budget import KVBudget
 from mmmamba_cli.cli.next_steps import GivenOptions, steps_after
 from mmmamba_cli.cli.options import (
     DEFAULT_RUN,
+    MAX_SEED,
     AsJson,
     Device,
     FromParent,
@@ -116,7 +117,9 @@ def command(
     steps: Annotated[
         int, typer.Option(min=1, metavar="N", help="Training steps for each layer of --select kl.")
     ] = DEFAULT_STEPS,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the choice of samples.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, metavar="N", help="Seed of the choice of samples.")
+    ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the choice of layers, and write no product.")
     ] = False,
@@ -160,7 +163,7 @@ def command(
         )
         choice = _choose(target, source, measured_on, options, budget)
         if choice.measured is None:
-            _check_unused(given)
+            _refuse_unused_data(given)
         else:
             _show_measured(target, choice.measured, as_json)
         if dry_run:
@@ -233,7 +236,7 @@ def _plan(
     return plan
 
 
-def _check_unused(given: Mapping[str, str | None]) -> None:
+def _refuse_unused_data(given: Mapping[str, str | None]) -> None:
     """Raise `RecipeError` for data that are given though no layers are scored on them."""
     options = {
         "data.train": "--data",

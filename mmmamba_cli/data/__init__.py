@@ -1,5 +1,6 @@
 """Training data: conversations with images, in batches that depend only on seed and step."""
 
+from mmmamba_cli.data.bad_share import check_bad_share
 from mmmamba_cli.data.batch import IGNORE_INDEX, BadSample, Batch, StepBatches
 from mmmamba_cli.data.batch_text import RowText, TextRun, rows_as_text
 from mmmamba_cli.data.corpus import Corpus, CorpusPart
@@ -70,6 +71,7 @@ __all__ = [
     "TextRun",
     "build_index",
     "can_be_packed",
+    "check_bad_share",
     "check_data",
     "find_index",
     "fingerprint",

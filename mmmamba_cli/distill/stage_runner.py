@@ -32,7 +32,7 @@ from mmmamba_cli.distill.trainable import (
     attach_lora,
     is_adapter,
     lora_deltas,
-    plain_name,
+    name_without_adapter,
 )
 from mmmamba_cli.distill.trainer import (
     StepCallback,
@@ -312,7 +312,7 @@ def _gather_weights(output: _StageOutput) -> dict[str, Tensor]:
         tensor = full_tensor(parameter.detach())
         if job.world.is_main and not is_adapter(name):
             # A copy on a CPU too: the best student is loaded into the parameters later.
-            weights[plain_name(name)] = tensor.to("cpu", copy=True)
+            weights[name_without_adapter(name)] = tensor.to("cpu", copy=True)
     if job.stage.lora is not None:
         deltas = lora_deltas(job.pair, job.stage.lora, output.lora_weights, full_tensor)
         for name, delta in deltas.items():

@@ -83,7 +83,7 @@ def layers_per_parameter(names: Iterable[str]) -> dict[str, int]:
     """Number of layers that have each trainable parameter, by its name inside the layer."""
     counts: dict[str, int] = {}
     for name in names:
-        inner = re.sub(r"^.*?\blayers\.\d+\.", "", plain_name(name))
+        inner = re.sub(r"^.*?\blayers\.\d+\.", "", name_without_adapter(name))
         counts[inner] = counts.get(inner, 0) + 1
     return counts
 
@@ -181,7 +181,7 @@ def attach_lora(pair: ModelPair, settings: LoRA, weights: Sequence[str]) -> Mode
     inject_adapter_in_model(config, pair.student, adapter_name=ADAPTER)
     trainable = set()
     for name, parameter in pair.student.named_parameters():
-        parameter.requires_grad_(is_adapter(name) or plain_name(name) in before)
+        parameter.requires_grad_(is_adapter(name) or name_without_adapter(name) in before)
         if is_adapter(name):
             parameter.data = parameter.data.float().to(pair.device)
         if parameter.requires_grad:
@@ -211,7 +211,7 @@ def lora_deltas(
     return found
 
 
-def plain_name(name: str) -> str:
+def name_without_adapter(name: str) -> str:
     """The name of a parameter without the module that peft puts around an adapted layer."""
     return name.replace(".base_layer.", ".")
 

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmmamba_cli.data import StepBatches, StepLoader
-from mmmamba_cli.distill.bad_samples import check_bad_share, gather_bad_samples
+from mmmamba_cli.data import StepBatches, StepLoader, check_bad_share
 from mmmamba_cli.distill.metrics import nonfinite_as_text
 from mmmamba_cli.distill.model_pair import ModelPair
 from mmmamba_cli.distill.objective import Objective
@@ -26,7 +25,12 @@ from mmmamba_cli.distill.step_values import (
     read_step,
 )
 from mmmamba_cli.distill.training_state import Progress, StateFolder, state_record
-from mmmamba_cli.distill.validation import check_held_out, evaluate_held_out, is_better
+from mmmamba_cli.distill.validation import (
+    check_held_out,
+    evaluate_held_out,
+    gather_bad_samples,
+    is_better,
+)
 from mmmamba_cli.distributed import (
     GradientSync,
     World,
@@ -39,6 +43,8 @@ from mmmamba_cli.recipe import Stage
 
 # A stage fails after this many skipped steps in a row.
 MAX_SKIPPED_STEPS = 5
+# The share of bad samples is checked from this many samples on.
+MIN_SAMPLES_FOR_SHARE = 100
 
 
 class Stopped(Exception):
@@ -275,7 +281,9 @@ def _step(job: TrainingJob, state: _TrainState, batches: StepBatches) -> QueuedS
     progress.bad_samples += bad
     # `bad` is summed over processes, so that either all of them gather or none does.
     named = gather_bad_samples(batches.bad, world) if bad else []
-    check_bad_share(progress, named, job.max_bad_share, is_last=progress.step >= job.stage.steps)
+    seen = progress.samples + progress.bad_samples
+    if seen >= MIN_SAMPLES_FOR_SHARE or progress.step >= job.stage.steps:
+        check_bad_share(progress.bad_samples, seen, job.max_bad_share, named)
     return QueuedStep(
         step=progress.step,
         units=units,

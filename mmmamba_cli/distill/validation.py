@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmmamba_cli.data import IGNORE_INDEX, BadSample, StepBatches, StepLoader
-from mmmamba_cli.distill.bad_samples import gather_bad_samples
 from mmmamba_cli.distill.kl_loss import LOGITS_PER_CHUNK, shift_labels
 from mmmamba_cli.distill.model_pair import AnyBatch, ModelPair
 from mmmamba_cli.distill.objective import Objective
@@ -60,6 +59,14 @@ def is_better(loss: float, best: float | None) -> bool:
     if not math.isfinite(loss):
         return False
     return best is None or not math.isfinite(best) or loss < best
+
+
+def gather_bad_samples(bad: Iterable[BadSample], world: World) -> list[str]:
+    """`name: reason` of the unreadable samples of all processes, without duplicates."""
+    local = [sample for sample in bad if world.is_main or not sample.seen_by_all]
+    # A short corpus gives a sample several times in one step.
+    named = (f"{sample.name}: {sample.reason}" for sample in world.all_gather(local))
+    return list(dict.fromkeys(named))
 
 
 def _unreadable(bad: list[str]) -> DataError:

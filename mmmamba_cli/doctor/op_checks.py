@@ -88,9 +88,9 @@ def check_backend(op: OpSpec, backend: str, device: torch.device, dtype: torch.d
             return OpCheck(op.name, backend, name, problem, None, None, tolerance, len(found), said)
     if not found:
         return OpCheck(op.name, backend, name, SKIPPED, None, None, tolerance, 0, refused)
-    forward = _worst(errors.forward for errors in found)
+    forward = largest_error(errors.forward for errors in found)
     gradients = [errors.backward for errors in found if errors.backward is not None]
-    backward = _worst(gradients) if gradients else None
+    backward = largest_error(gradients) if gradients else None
     passed = all(error <= tolerance for error in (forward, backward) if error is not None)
     said = ""
     if backward is None and op.needs_backward and backend not in op.forward_only:
@@ -122,10 +122,10 @@ def errors_of(
     here = {name: value.to(device) for name, value in rounded.items()}
     constants = {name: value.to(device) for name, value in case.constants.items()}
     found, gradients = _run(case, here, constants, backend, trains)
-    forward = _worst(map(relative_error, found, wanted))
+    forward = largest_error(map(relative_error, found, wanted))
     if gradients is None or wanted_gradients is None:
         return CaseErrors(forward, None)
-    return CaseErrors(forward, _worst(map(relative_error, gradients, wanted_gradients)))
+    return CaseErrors(forward, largest_error(map(relative_error, gradients, wanted_gradients)))
 
 
 def _run(
@@ -155,7 +155,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return distance / (float(wanted.norm()) or 1.0)
 
 
-def _worst(errors: Iterable[float]) -> float:
+def largest_error(errors: Iterable[float]) -> float:
     """The largest error; NaN counts as larger than any number."""
     known = list(errors)
     return math.nan if any(map(math.isnan, known)) else max(known)

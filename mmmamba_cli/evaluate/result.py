@@ -205,9 +205,9 @@ def write_result(folder: Path, scored: ScoredSuite, answers: Mapping[str, str]) 
     atomic_write_text(file, result)
     text = io.StringIO()
     # The writer of Python 3.11 does not quote a carriage return, which readers take for an end.
-    is_odd = any("\r" in cell for cell in answers.values())
+    has_returns = any("\r" in cell for cell in answers.values())
     make = partial(csv.writer, text, delimiter="\t", lineterminator="\n")
-    writer = make(quoting=csv.QUOTE_ALL) if is_odd else make()
+    writer = make(quoting=csv.QUOTE_ALL) if has_returns else make()
     writer.writerow(["index", "question", "answer", "category", "prediction"])
     for row in scored.rows:
         writer.writerow([row.index, row.question, row.answer, row.category, answers[row.index]])

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from mmmamba_cli.checkpoint import Checkpoint
-from mmmamba_cli.data import BadSample, Fingerprint, StepLoader, fingerprint, open_corpus
+from mmmamba_cli.data import (
+    BadSample,
+    Fingerprint,
+    StepLoader,
+    check_bad_share,
+    fingerprint,
+    open_corpus,
+)
 from mmmamba_cli.errors import DataError, RecipeError
 from mmmamba_cli.model import HolisticVLMConfig
 from mmmamba_cli.model.block import Block
@@ -129,13 +136,8 @@ def read_calibration_samples(teacher: Checkpoint, data: Data, seed: int) -> Cali
                 samples, columns = samples + batch.num_samples, columns + batch.num_tokens
         if columns >= MAX_CALIBRATION_COLUMNS:
             break
-    if len(bad) > data.max_bad_share * (samples + len(bad)):
-        named = "; ".join(f"{sample.name}: {sample.reason}" for sample in bad[:3])
-        raise DataError(
-            f"{len(bad)} of {samples + len(bad)} samples could not be used, more than "
-            f"data.max_bad_share = {data.max_bad_share:g} allows; the first: {named}",
-            "see them all with `mmmamba data check --all`, or raise data.max_bad_share",
-        )
+    named = [f"{sample.name}: {sample.reason}" for sample in bad]
+    check_bad_share(len(bad), samples + len(bad), data.max_bad_share, named)
     if len(batches) < 2:
         raise DataError(
             f"{data.train} has {samples} samples that can be read, calibration needs at least "

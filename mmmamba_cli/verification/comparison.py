@@ -5,14 +5,14 @@ Legend: B rows, T columns, N new tokens, V vocabulary.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmmamba_cli.doctor.op_checks import largest_error
 from mmmamba_cli.profiling.correctness import TOLERANCES
 from mmmamba_cli.teachers.anatomy import text_decoder
 from mmmamba_cli.verification.prompts import Inputs, Prompts, to_model
@@ -37,14 +37,7 @@ class Rounding:
 
     @property
     def largest(self) -> float:
-        return largest((self.cached, self.padded or 0.0))
-
-
-def largest(distances: Iterable[float]) -> float:
-    """The largest of the distances, NaN if one is; 0 without any."""
-    found = list(distances)
-    # `max` returns a NaN only if it comes first.
-    return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
+        return largest_error((self.cached, self.padded or 0.0))
 
 
 def relative_distance(found: Tensor, expected: Tensor) -> float:
@@ -201,7 +194,7 @@ def padded_distance(model: Any, prompts: Prompts) -> float | None:
     if prompts.batch is None:
         return None
     together = logits_of(model, prompts.batch)[:, -1]
-    return largest(
+    return largest_error(
         relative_distance(together[index], logits_of(model, row)[0, -1])
         for index, row in enumerate(prompts.rows)
     )

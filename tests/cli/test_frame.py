@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from ended import Command
 
 import mmmamba_cli
 import mmmamba_cli.cli
 from mmmamba_cli.__main__ import main as entry_point
 from mmmamba_cli.cli import app as frame
-from mmmamba_cli.cli import main, user_error
+from mmmamba_cli.cli import main, options, user_error
 from mmmamba_cli.errors import CheckpointError
+from mmmamba_cli.recipe import section
 
 ROOT = Path(__file__).parents[2]
 MAIN = [sys.executable, "-m", "mmmamba_cli"]
@@ -310,3 +312,22 @@ def test_windows_is_refused_in_a_sentence(
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: mmmamba does not run on Windows (use WSL 2")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "eval --suite mme --seed -1",
+        "profile --seed 4294967296",
+        "hybridize --seed -1",
+        "eval --suite mme --batch ²",
+        "profile --model scenes-linear --contexts 99999999999999999999",
+    ],
+)
+def test_numbers_out_of_range_are_refused(words: str, mmmamba: Command) -> None:
+    done = mmmamba(*words.split())
+    assert done.code == 2 and words.split()[-2] in done.err, done.err
+
+
+def test_seeds_of_options_are_those_of_recipes() -> None:
+    assert options.MAX_SEED == section.MAX_SEED

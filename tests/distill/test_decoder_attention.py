@@ -239,7 +239,7 @@ def test_gradients_on_a_gpu_are_those_of_pytorchs_and_have_the_same_bits_again(
     expected, plain = gradients(objective, pair, [batch])
     assert not calls
     assert first == pytest.approx(expected, rel=1e-4 if precision == "fp32" else 0.05)
-    # In bf16 small gradients, as of A_log, differ by a tenth between any two kernels.
+    # In bf16 the gradient of A_log differed by 0.1 on an H200.
     tolerance = 1e-4 if precision == "fp32" else 0.3
     for key, one in plain.items():
         distance = (gradient[key] - one).norm() / one.norm().clamp(min=1e-12)

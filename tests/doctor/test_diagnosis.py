@@ -25,7 +25,7 @@ from mmmamba_cli.doctor import (
 from mmmamba_cli.doctor.environment import EXTRAS, PURPOSES
 from mmmamba_cli.doctor.known_issues import SystemFacts, check_known_issues, check_versions
 from mmmamba_cli.doctor.op_cases import op_specs
-from mmmamba_cli.doctor.op_checks import _worst, check_backend, check_ops, relative_error
+from mmmamba_cli.doctor.op_checks import check_backend, check_ops, largest_error, relative_error
 from mmmamba_cli.doctor.op_spec import OpSpec
 from mmmamba_cli.doctor.report import Check, DeviceInfo, DoctorReport, OpCheck, PackageInfo
 from mmmamba_cli.errors import MmmambaError
@@ -203,7 +203,7 @@ def test_number_of_threads_is_restored() -> None:
 def test_relative_errors() -> None:
     assert relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == 0.1
     assert relative_error(torch.tensor([2.0]), torch.tensor([0.0])) == 2
-    assert math.isnan(_worst([0.1, math.nan]))
+    assert math.isnan(largest_error([0.1, math.nan]))
 
 
 def test_release_numbers_and_requirements() -> None:
